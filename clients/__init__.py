@@ -1,0 +1,1 @@
+"""Client objectives, one file an algorithm."""

@@ -1,0 +1,19 @@
+"""Errors that a person caused and can mend: shown as one line, exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something wrong in what the user gave: grammar, names, types, values, files, an impossible partition."""
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """Return '; did you mean X?' for the nearest option, or the options themselves if none is near."""
+    options = sorted(options)
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(options)}" if options else ""

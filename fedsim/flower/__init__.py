@@ -1,0 +1,1 @@
+"""Flower: the in-process grid and the two shells."""

@@ -1,0 +1,1 @@
+"""Partitions of data over clients."""
