@@ -44,6 +44,7 @@ class Cohort:
     layout: Layout
     seed: int = 0
     extras: Mapping[str, Tensor] = field(default_factory=dict)  # name → (K, …), the objective's second uploads
+    streamed: Streamed | None = None  # what is left of rows that were summed as they came
 
     def __len__(self) -> int:
         return len(self.clients)
@@ -105,6 +106,13 @@ class Sums(NamedTuple):
     extras: Mapping[str, Tensor]  # name → mean over rows, for the names in `reduced_extras`
 
 
+class Streamed(NamedTuple):
+    """A cohort whose rows were summed as they came."""
+
+    mean: Tensor  # (D,) Σ c_k Δ_k / Σ c_k
+    sums: Sums
+
+
 class LinearRule:
     """A rule whose direction is a weighted mean of updates: engines sum rows as they come and hold no matrix.
 
@@ -127,7 +135,9 @@ class LinearRule:
         return mean, state, {}
 
     def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
-        """Apply the rule to a cohort that holds its rows."""
+        """Apply the rule to a cohort, whether it holds its rows or was streamed."""
+        if cohort.streamed is not None:
+            return self.finish(*cohort.streamed, state)
         updates = cohort.rows
         coefficients = self.coefficients(cohort, state).to(updates.dtype)  # (K,)
         mean = (coefficients @ updates) / coefficients.sum()  # (D,)
@@ -139,7 +149,8 @@ class LinearRule:
 
 def row_square_norms(updates: Tensor) -> Tensor:
     """Return ‖Δ_k‖² (K,) of a (K, D) matrix."""
-    return torch.linalg.vecdot(updates, updates)
+    norms: Tensor = torch.linalg.vecdot(updates, updates)
+    return norms
 
 
 class Batch(NamedTuple):

@@ -1,0 +1,68 @@
+"""Local optimisers on lists of tensors, in place; the same arithmetic for one client and for stacked rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedsim.local import LocalTraining
+
+BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW, as torch.optim
+
+
+class Optimizer:
+    """One client's optimiser for one local round (or one chunk of rows): its moments start at zero.
+
+    Args:
+        training: what clients do.
+        params: the tensors to move, in place.
+        lr: this round's rate.
+
+    """
+
+    def __init__(self, training: LocalTraining, params: Sequence[Tensor], lr: float) -> None:
+        self.training, self.lr = training, lr
+        self.params = list(params)
+        self.step_count = 0
+        self.first: list[Tensor] = []
+        self.second: list[Tensor] = []
+
+    def step(self, grads: Sequence[Tensor]) -> None:
+        """Move the parameters by one step; may write into the gradients."""
+        params, training = self.params, self.training
+        self.step_count += 1
+        if training.optimizer == "adamw":
+            self._adamw(grads)
+            return
+        if training.weight_decay:
+            torch._foreach_add_(grads, params, alpha=training.weight_decay)
+        if training.momentum:
+            if not self.first:
+                self.first = [grad.clone() for grad in grads]
+            else:
+                torch._foreach_mul_(self.first, training.momentum)
+                torch._foreach_add_(self.first, grads)
+            grads = self.first
+        torch._foreach_add_(params, grads, alpha=-self.lr)
+
+    def _adamw(self, grads: Sequence[Tensor]) -> None:
+        if not self.first:
+            self.first = [torch.zeros_like(p) for p in self.params]
+            self.second = [torch.zeros_like(p) for p in self.params]
+        torch._foreach_mul_(self.params, 1 - self.lr * self.training.weight_decay)
+        torch._foreach_lerp_(self.first, grads, 1 - BETAS[0])
+        torch._foreach_mul_(self.second, BETAS[1])
+        torch._foreach_addcmul_(self.second, grads, grads, value=1 - BETAS[1])
+        scale = 1 - BETAS[0] ** self.step_count
+        denominator = torch._foreach_sqrt(self.second)
+        torch._foreach_div_(denominator, (1 - BETAS[1] ** self.step_count) ** 0.5)
+        torch._foreach_add_(denominator, EPS)
+        torch._foreach_addcdiv_(self.params, self.first, denominator, value=-self.lr / scale)
+
+
+def clip(grads: Sequence[Tensor], bound: float) -> None:
+    """Scale one client's gradient in place so that its norm is at most `bound`."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    torch._foreach_mul_(grads, torch.clamp(bound / norm.clamp(min=1e-12), max=1.0))

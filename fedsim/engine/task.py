@@ -1,0 +1,124 @@
+"""What engines are given: the task that all rounds share, and the job of one round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedsim.contracts import Partition, Phase
+from fedsim.engine.store import ClientStore
+from fedsim.layout import Layout
+from fedsim.local import Int64, LocalTraining
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Task:
+    """The federated problem: model, objective, data on the device, who owns which sample.
+
+    The module's own tensors are scratch; the server's weights are the flat vectors of a `Job`.
+    """
+
+    module: nn.Module
+    shared: Layout  # D parameters that travel
+    local: Layout  # parameters that stay with the client
+    buffers: Layout  # e.g. running statistics, in floats
+    objective: Any
+    training: LocalTraining
+    x: Tensor  # (N, …) on the device
+    y: Tensor  # (N,)
+    partition: Partition  # training samples of each client, positions into x
+    store: ClientStore
+    seed: int = 0
+    augment: Callable[[Tensor, Tensor], Tensor] | None = None
+    views: Mapping[str, Partition] = field(default_factory=dict)  # named subsets of each client's samples
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything lives."""
+        return self.x.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The run's floating-point type."""
+        return next(self.module.parameters()).dtype
+
+    @property
+    def phases(self) -> tuple[Phase | None, ...]:
+        """Parts of a local round; one whole part unless the objective says otherwise."""
+        phases = getattr(self.objective, "phases", None)
+        return tuple(phases()) if phases else (None,)
+
+    @property
+    def stateful(self) -> bool:
+        """Whether clients keep anything between their rounds."""
+        return bool(self.store.layouts)
+
+    def samples_of(self, phase: Phase | None) -> Partition:
+        """Return the samples that a phase sees."""
+        if phase is None or phase.view is None:
+            return self.partition
+        if phase.view not in self.views:
+            raise ValueError(f"the objective asks for the samples named {phase.view!r}; known: {sorted(self.views)}")
+        return self.views[phase.view]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """Rows to train: each from its own version of the weights, with its own key."""
+
+    clients: Int64  # (K,) ids, ascending
+    received: Int64  # (K,) version of the weights each row starts from
+    models: Mapping[int, Tensor]  # version → (D,)
+    broadcasts: Mapping[int, Mapping[str, Any]]  # version → what the rule sent with it
+    buffers: Tensor  # (size of the buffer layout,)
+    state: Mapping[str, Tensor]  # name → (K, …), what the clients kept
+    round: int  # of the aggregation that these rows meet
+    key: int | Int64  # keys the randomness: the round, or (K,) one number per row
+    lr: float
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    def key_of(self, row: int) -> int:
+        """Return the randomness key of a row."""
+        return int(self.key[row]) if isinstance(self.key, np.ndarray) else self.key
+
+    def part(self, low: int, high: int) -> Job:
+        """Return the job of rows low … high − 1."""
+        key = self.key[low:high] if isinstance(self.key, np.ndarray) else self.key
+        return Job(
+            clients=self.clients[low:high], received=self.received[low:high], models=self.models,
+            broadcasts=self.broadcasts, buffers=self.buffers, round=self.round, key=key, lr=self.lr,
+            state={name: value[low:high] for name, value in self.state.items()},
+        )  # fmt: skip
+
+
+class Block(NamedTuple):
+    """What trained rows leave beside their updates."""
+
+    square_norms: Tensor  # (k,) ‖Δ‖²
+    weights: Tensor  # (k,) float64
+    num_steps: Tensor  # (k,) int64
+    extras: dict[str, Tensor]  # name → (k, …); "train_loss" always
+    buffers: Tensor  # (k, size of the buffer layout)
+    state: dict[str, Tensor]  # name → (k, …), what the clients keep
+
+
+class Engine(Protocol):
+    """Trains rows. Everything above it (streaming, dropped rows, client state) is shared by all engines."""
+
+    task: Task
+    plan: Mapping[str, Any]  # what decided the bits: chunk and block sizes, layouts, threads
+
+    def train(self, job: Job, out: Tensor) -> Block:
+        """Train the rows of a job and write their updates w_k − w_received into out (K, D)."""
+        ...
+
+    def close(self) -> None:
+        """Let go of workers."""
+        ...

@@ -1,0 +1,168 @@
+"""What a client does with a model: optimiser, rate, batches, epochs; and the order in which it sees its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fedsim.contracts import Partition, Phase
+from fedsim.rng import segment_permutations
+
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTraining:
+    """A client's local round: `local_epochs` passes (or `local_steps` steps) of mini-batch descent.
+
+    An epoch has ceil(n/B) steps; its last batch holds what is left. Each epoch has its own order.
+
+    Args:
+        optimizer: "sgd" or "adamw" (Loshchilov & Hutter 2019; its moments start at zero in every round).
+        lr: local rate > 0 of round 1.
+        lr_decay: factor in (0, 1] on the rate every `lr_decay_every` rounds.
+        lr_decay_every: rounds ≥ 1.
+        momentum: heavy-ball factor in [0, 1) of sgd; the buffer starts at zero in every round.
+        weight_decay: ≥ 0; added to the gradient by sgd, decoupled in adamw.
+        batch_size: B ≥ 1; None takes all of a client's samples.
+        local_epochs: passes ≥ 1 over the client's samples, where `local_steps` is None.
+        local_steps: steps ≥ 1 a round, whatever the client's size; passes repeat as needed.
+        clip_norm: bound > 0 on the norm of each step's gradient; None does not clip.
+
+    """
+
+    optimizer: str = "sgd"
+    lr: float = 0.3
+    lr_decay: float = 1.0
+    lr_decay_every: int = 1
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    batch_size: int | None = 20
+    local_epochs: int = 1
+    local_steps: int | None = None
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in {"sgd", "adamw"}:
+            raise ValueError(f"optimizer must be 'sgd' or 'adamw', got {self.optimizer!r}")
+        for name, low in (("lr_decay_every", 1), ("batch_size", 1), ("local_epochs", 1), ("local_steps", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < low):
+                raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr must be > 0, got {self.lr}")
+        if not 0 < self.lr_decay <= 1:
+            raise ValueError(f"lr_decay must be in (0, 1], got {self.lr_decay}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"momentum belongs to optimizer=sgd, got {self.momentum} with {self.optimizer!r}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be > 0 or null, got {self.clip_norm}")
+
+    def rate(self, round: int) -> float:
+        """Return the local rate of a round ≥ 1."""
+        return self.lr * self.lr_decay ** ((round - 1) // self.lr_decay_every)
+
+    def num_steps(self, sizes: Int64, phase: Phase | None = None) -> Int64:
+        """Return the local steps (K,) of clients with n_k samples; none for a client without samples."""
+        epochs, steps = self._length(phase)
+        if steps is not None:
+            return np.where(sizes > 0, steps, 0)
+        return epochs * self._steps_an_epoch(sizes)
+
+    def _length(self, phase: Phase | None) -> tuple[int, int | None]:
+        if phase is not None and (phase.local_epochs is not None or phase.local_steps is not None):
+            return phase.local_epochs or 1, phase.local_steps
+        return self.local_epochs, self.local_steps
+
+    def _steps_an_epoch(self, sizes: Int64) -> Int64:
+        if self.batch_size is None:
+            return np.minimum(sizes, 1)
+        return -(-sizes // self.batch_size)
+
+
+class Schedule(NamedTuple):
+    """Which samples each row of a cohort sees, in which steps.
+
+    Row k's stream is positions[starts[k] : starts[k + 1]], its passes one after another, each in its own order.
+    """
+
+    positions: Int64  # (M,) into the data
+    starts: Int64  # (K+1,)
+    sizes: Int64  # (K,) samples of one pass, n_k
+    num_steps: Int64  # (K,)
+    batch_size: int | None
+
+    def bounds(self, row: int, step: int) -> tuple[int, int]:
+        """Return where the batch of a step begins and ends in the row's stream."""
+        n = int(self.sizes[row])
+        batch = self.batch_size or n
+        epoch, inside = divmod(step, -(-n // batch))
+        begin = epoch * n + inside * batch
+        return begin, min(begin + batch, (epoch + 1) * n)
+
+
+def schedule(
+    training: LocalTraining,
+    partition: Partition,
+    clients: Int64,
+    *,
+    seed: int | Int64,
+    round: int | Int64,
+    phase: tuple[int, Phase | None] = (0, None),
+) -> Schedule:
+    """Lay out a cohort's local round: a pure function of (seed, round, client).
+
+    Args:
+        training: what clients do.
+        partition: the training samples of all clients.
+        clients: (K,) ids.
+        seed: of the run, or one per row (K,).
+        round: the round, or one per row (K,).
+        phase: which part of the local round, and its number.
+
+    """
+    number, part = phase
+    sizes = partition.sizes[clients]  # (K,)
+    num_steps = training.num_steps(sizes, part)  # (K,)
+    per_epoch = np.maximum(training._steps_an_epoch(sizes), 1)
+    epochs = -(-num_steps // per_epoch)  # (K,) passes begun
+    segments = np.repeat(np.arange(len(clients)), epochs)  # (S,) row of each pass
+    first = np.cumsum(epochs) - epochs
+    epoch = np.arange(len(segments)) - first[segments]  # (S,)
+    length = sizes[segments]  # (S,)
+    key = (_spread(round, segments) * 64 + number) * 65536 + epoch
+    order = segment_permutations(_spread(seed, segments), "order", key, clients[segments], length)  # (M,)
+    # `order` indexes the concatenation of passes; a pass is its client's slice of the partition.
+    shift = partition.offsets[clients][segments] - (np.cumsum(length) - length)  # (S,)
+    positions = partition.indices[order + np.repeat(shift, length)]  # (M,)
+    starts = np.concatenate([[0], np.cumsum(epochs * sizes)])
+    return Schedule(positions, starts, sizes, num_steps, training.batch_size)
+
+
+def _spread(value: int | Int64, segments: Int64) -> Any:
+    return value[segments] if isinstance(value, np.ndarray) else value
+
+
+def moving(names: Sequence[str], phase: Phase | None) -> tuple[str, ...]:
+    """Return the names of the parameters that a phase moves.
+
+    Raises:
+        ValueError: the phase's pattern matches no name.
+
+    """
+    import re
+
+    if phase is None or phase.params is None:
+        return tuple(names)
+    chosen = tuple(name for name in names if re.search(phase.params, name))
+    if not chosen:
+        raise ValueError(f"the phase moves parameters matching {phase.params!r}, but none does; known: {list(names)}")
+    return chosen
