@@ -38,7 +38,7 @@ def digits(*, test_fraction: float = 0.2, split_seed: int = 0) -> Dataset:
     return Dataset(
         x=torch.from_numpy(x),
         y=torch.from_numpy(y),
-        splits=stratified_holdout(y, test_fraction, split_seed),
+        splits=stratified_holdout(y, fraction=test_fraction, seed=split_seed),
         num_classes=10,
         class_names=tuple("0123456789"),
     )

@@ -12,43 +12,40 @@ from fedsim.rng import keyed_bits
 Int64 = npt.NDArray[np.int64]
 
 
-def stratified_holdout(
-    strata: npt.NDArray[Any], fraction: float, seed: int, purpose: str = "test split"
-) -> dict[str, Int64]:
-    """Hold out a fraction of every stratum for the test.
+def stratified_holdout(*strata: npt.NDArray[Any], fraction: float, seed: int) -> dict[str, Int64]:
+    """Hold out a fraction of the samples for the test, in proportion within nested strata.
 
-    Sample i's rank within its stratum is a hash of (seed, purpose, i); the lowest ranks are the test. Counts
-    are rounded by largest remainder, so that ⌊fraction · N + ½⌋ samples are held out in all and no stratum is
-    off by one or more from its share. A stratum never loses its last training sample.
+    Systematic sampling: the samples are sorted by strata, outermost first, in keyed random order at every
+    level, and position i is held out where ⌊fraction · i + ½⌋ steps up. A stratum of n samples at any level
+    is one run of positions, so ⌊fraction · n⌋ or ⌈fraction · n⌉ of it are held out. Largest-remainder
+    rounding would hold the innermost level only: 200 writers with 60 classes of 4 samples would drift apart.
 
     Args:
-        strata: (N,) integers, e.g. the class, or the pair of client and class as one number.
+        strata: arrays (N,), outermost first, e.g. client, class.
         fraction: of the samples to hold out; 0 < fraction < 1.
-        seed: of the split, not of the run: results of runs with different seeds share one test set.
-        purpose: keeps the draws of two splits of one data set apart.
+        seed: of the split, not of the run: runs of different seeds share one test set.
 
     Returns:
-        {"train": (N − M,), "test": (M,)} int64 positions, ascending.
+        {"train": (N − M,), "test": (M,)} int64 positions, ascending; M = ⌊fraction · N + ½⌋, less one for each
+        outermost stratum that would have lost its last training sample.
 
     Raises:
         ValueError: the fraction is out of range.
 
     """
     check_fraction("test_fraction", fraction)
-    _, codes, sizes = np.unique(strata, return_inverse=True, return_counts=True)  # (N,), (S,)
-    quota = fraction * sizes  # (S,)
-    counts = np.floor(quota).astype(np.int64)  # (S,)
-    missing = int(np.floor(fraction * len(codes) + 0.5)) - int(counts.sum())
-    remainder = np.where(sizes > counts + 1, quota - counts, -1.0)  # (S,)
-    order = np.argsort(-remainder, kind="stable")[: max(missing, 0)]  # (≤ S,)
-    counts[order[remainder[order] > 0]] += 1
+    num_samples = len(strata[0])
+    codes = [np.unique(key, return_inverse=True)[1] for key in strata]  # each (N,)
+    levels = [keyed_bits(seed, "test split", *codes[: i + 1]) for i in range(len(codes))]  # each (N,)
+    levels.append(keyed_bits(seed, "test split", *codes, np.arange(num_samples)))
+    order = np.lexsort(levels[::-1])  # (N,)
+    steps = np.floor(fraction * np.arange(num_samples + 1) + 0.5)  # (N+1,)
+    test = np.zeros(num_samples, dtype=bool)  # (N,)
+    test[order] = np.diff(steps) > 0
 
-    bits = keyed_bits(seed, purpose, np.arange(len(codes)))  # (N,)
-    by_rank = np.lexsort((bits, codes))  # (N,)
-    starts = np.cumsum(sizes) - sizes  # (S,)
-    rank = np.empty(len(codes), dtype=np.int64)  # (N,)
-    rank[by_rank] = np.arange(len(codes)) - np.repeat(starts, sizes)
-    test = rank < counts[codes]  # (N,)
+    kept = np.bincount(codes[0], weights=~test) > 0  # (S,)
+    _, first = np.unique(codes[0][order], return_index=True)  # (S,)
+    test[order[first[~kept]]] = False
     return {"train": np.flatnonzero(~test), "test": np.flatnonzero(test)}
 
 
