@@ -1,0 +1,26 @@
+"""Cross-entropy: what a client minimises unless a method says otherwise.
+
+L = (1/b) Σ_b −log softmax(z_b)[y_b]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional
+
+
+def sample_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return −log softmax(z_b)[y_b] (…, B) of logits (…, B, C) and int64 targets (…, B)."""
+    losses = functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")  # (… · B,)
+    return losses.view(targets.shape)  # (…, B)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy:
+    """Mean cross-entropy of a batch."""
+
+    def criterion(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Return the loss (…) of logits (…, B, C), targets (…, B) and weights (…, B): 1/b, and 0 for padding."""
+        return (weights * sample_losses(logits, targets)).sum(-1)  # (…)

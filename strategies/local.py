@@ -1,0 +1,44 @@
+"""Local: every client trains alone. The bound that a federation must beat to be worth joining.
+
+Nothing is shared, so the updates have no columns and the step is empty; each client's model is its own state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fedsim.contracts import Cohort, Metrics, State
+from fedsim.layout import Layout
+
+
+@dataclass(frozen=True)
+class Local:
+    """Average nothing.
+
+    Attributes:
+        local_parameters: pattern of the parameters that stay with their client where the run's `model.local`
+            says nothing: all of them.
+
+    """
+
+    local_parameters: ClassVar[str] = ".*"
+
+    def init(self, layout: Layout, num_clients: int) -> State:
+        """Return no memory.
+
+        Raises:
+            ValueError: some parameters are shared: they would never move.
+
+        """
+        if layout.size:
+            raise ValueError(
+                f"Local keeps every parameter on its client, got {layout.size} shared ones; drop model.local"
+            )
+        return {}
+
+    def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
+        """Return the empty step (0,)."""
+        return cohort.rows.new_zeros(0), state, {}
