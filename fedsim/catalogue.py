@@ -1,0 +1,150 @@
+"""What can be chosen: the config groups, their choices, and the line that describes each.
+
+Reads the YAML files as text, so that listing needs neither Hydra nor torch.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import NamedTuple
+
+from fedsim.errors import UserError, did_you_mean
+
+
+class Entry(NamedTuple):
+    """One choice of a group, as its YAML's first line describes it."""
+
+    name: str  # as it is written on the command line, e.g. "flower/krum"
+    summary: str
+    paper: str  # "" where there is none
+
+
+def roots(config_dir: Path | None = None) -> list[Traversable]:
+    """Return the folders of config groups, fedsim's own first.
+
+    Raises:
+        UserError: `config_dir` is not a folder.
+
+    """
+    if config_dir is not None and not config_dir.is_dir():
+        raise UserError(f"--config-dir {config_dir}: no such folder")
+    own: list[Traversable] = [files("fedsim.configs")]
+    return own if config_dir is None else [*own, config_dir]
+
+
+def groups(folders: Sequence[Traversable]) -> list[str]:
+    """Return the names of all groups, in the order of the primary config's defaults, then the others."""
+    found = {child.name for folder in folders for child in folder.iterdir() if _is_group(child)}
+    order = [name for name in defaults() if name in found]
+    return order + sorted(found - set(order))
+
+
+def defaults() -> dict[str, str]:
+    """Return group → choice of the primary config's defaults list, in its order."""
+    text = files("fedsim.configs").joinpath("config.yaml").read_text(encoding="utf-8")
+    listed = text.split("defaults:", 1)[1].split("\n\n", 1)[0]
+    return dict(re.findall(r"^ *- (\w+): *([\w/]+)", listed, flags=re.MULTILINE))
+
+
+def options(group: str, folders: Sequence[Traversable]) -> dict[str, Traversable]:
+    """Return choice → YAML file of a group, sorted; files and folders that begin with "_" are parts of others."""
+    found: dict[str, Traversable] = {}
+    for folder in reversed(folders):  # the first folder's file is the one that Hydra takes
+        found.update(_walk(folder.joinpath(group), ""))
+    return dict(sorted(found.items(), key=lambda item: (item[0].count("/"), item[0])))
+
+
+def entries(group: str, config_dir: Path | None = None) -> list[Entry]:
+    """Return all choices of a group.
+
+    Raises:
+        UserError: there is no such group.
+
+    """
+    folders = roots(config_dir)
+    known = groups(folders)
+    if group not in known:
+        raise UserError(f"no group {group!r}{did_you_mean(group.lower(), known)}")
+    return [Entry(name, *describe(file.read_text(encoding="utf-8"))) for name, file in options(group, folders).items()]
+
+
+def describe(text: str) -> tuple[str, str]:
+    """Split a YAML's first comment line into what it is and the paper it comes from.
+
+    >>> describe("# Median of each coordinate. Byzantine-robust learning (Yin et al., ICML 2018), alg. 1.")
+    ('Median of each coordinate.', 'Byzantine-robust learning (Yin et al., ICML 2018), alg. 1.')
+    >>> describe("# Plain averaging (the mean of 3 numbers).")
+    ('Plain averaging (the mean of 3 numbers).', '')
+    """
+    first = text.lstrip("\ufeff\n ").split("\n", 1)[0]
+    if not first.startswith("#"):
+        return "", ""
+    line = first.lstrip("# ").strip()
+    reference = re.search(r"\([^()]*\b(?:19|20)\d\d[a-z]?\b[^()]*\)", line)
+    if reference is None:
+        return line, ""
+    start = line.rfind(". ", 0, reference.start())
+    return (line, "") if start < 0 else (line[: start + 1], line[start + 2 :])
+
+
+def _is_group(child: Traversable) -> bool:
+    return child.is_dir() and child.name[0] not in "_." and next(_walk(child, ""), None) is not None
+
+
+def _walk(folder: Traversable, prefix: str) -> Iterator[tuple[str, Traversable]]:
+    if not folder.is_dir():
+        return
+    for child in folder.iterdir():
+        if child.name[0] in "_.":
+            continue
+        if child.is_dir():
+            yield from _walk(child, f"{prefix}{child.name}/")
+        elif child.name.endswith(".yaml"):
+            yield prefix + child.name.removesuffix(".yaml"), child
+
+
+def group_table(config_dir: Path | None = None, *, width: int | None = None, bold: bool = False) -> str:
+    """Return a text table of group, default choice and number of choices."""
+    folders, chosen = roots(config_dir), defaults()
+    rows = []
+    for group in groups(folders):
+        names = list(options(group, folders))
+        default = chosen.get(group, "")
+        others = [name for name in names if name != default]
+        rows.append((group, default or "-", ", ".join(others)))
+    return _table(("group", "default", "also"), rows, width, bold=bold)
+
+
+def choice_table(group: str, config_dir: Path | None = None, *, width: int | None = None, bold: bool = False) -> str:
+    """Return a text table of the choices of one group: name, what it is, paper."""
+    rows = [(entry.name, entry.summary, entry.paper) for entry in entries(group, config_dir)]
+    if not any(paper for _, _, paper in rows):
+        return _table((group, "what it is"), [row[:2] for row in rows], width, bold=bold)
+    return _table((group, "what it is", "paper"), rows, width, bold=bold)
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], width: int | None, *, bold: bool) -> str:
+    """Lay out rows in columns that fit the width; the last columns wrap, the others are as wide as they need."""
+    width = width or min(shutil.get_terminal_size((80, 24)).columns, 120)
+    num_fixed = 1 if head[-1] in ("paper", "what it is") else len(head) - 1
+    fixed = [max(len(row[i]) for row in [head, *rows]) for i in range(num_fixed)]
+    room = width - sum(fixed) - 2 * (len(head) - 1)
+    num_wrapped = len(head) - num_fixed
+    wrapped = [room] if num_wrapped == 1 else [room * 11 // 20, room - room * 11 // 20]
+    widths = [*fixed, *(max(12, w) for w in wrapped)]
+    lines = []
+    for i, row in enumerate([head, *rows]):
+        cells = [textwrap.wrap(cell, w) or [""] for cell, w in zip(row, widths, strict=True)]
+        for j in range(max(len(cell) for cell in cells)):
+            parts = [(cell[j] if j < len(cell) else "").ljust(w) for cell, w in zip(cells, widths, strict=True)]
+            line = "  ".join(parts).rstrip()
+            lines.append(f"\033[1m{line}\033[0m" if bold and i == 0 else line)
+        if i == 0:
+            lines.append("  ".join("─" * w for w in widths))
+    return "\n".join(lines)

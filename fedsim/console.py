@@ -1,0 +1,293 @@
+"""What a run says while it runs: a progress bar on a terminal, plain lines elsewhere, nothing from Python."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+Row = Mapping[str, Any]
+
+
+class Observer(Protocol):
+    """Told what happens; must not influence the run."""
+
+    def plan(self, line: str) -> None:
+        """Hear once, before round 1, how the run will be done."""
+
+    def start(self, total: int, done: int) -> None:
+        """Hear that rounds done + 1 to total begin."""
+
+    def round(self, row: Row) -> None:
+        """Hear the row of a finished round: `round`, and what is known of accuracy, loss and so on."""
+
+    def note(self, line: str) -> None:
+        """Hear something worth knowing."""
+
+    def warn(self, line: str) -> None:
+        """Hear something that may be wrong."""
+
+    def skew(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Hear (name, value, meaning) of each figure of a partition."""
+
+    def finish(self, summary: Row) -> None:
+        """Hear the results, once, at the end."""
+
+
+class Silent(Observer):
+    """Says nothing: for use from Python."""
+
+
+def open_observer(stream: TextIO | None = None) -> Plain | Live:
+    """Return what fits a stream: `Live` on a terminal, `Plain` elsewhere. Both are context managers."""
+    stream = sys.stdout if stream is None else stream
+    terminal = stream.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
+    return Live(stream) if terminal else Plain(stream)
+
+
+class Plain(Observer):
+    """Writes lines, about twenty of a run's rounds: for logs and pipes. Warnings go to standard error.
+
+    Args:
+        stream: written to and flushed line by line.
+        num_lines: how many rounds of a run are written, evenly spread, beside the first and the last.
+        seconds: after so long a silence the next round is written in any case.
+
+    """
+
+    def __init__(self, stream: TextIO, *, num_lines: int = 20, seconds: float = 30.0) -> None:
+        self._stream, self._num_lines, self._seconds = stream, num_lines, seconds
+        self._total, self._done, self._began, self._spoke = 0, 0, 0.0, 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.flush()
+
+    def plan(self, line: str) -> None:
+        """Write the plan."""
+        self._write(f"plan: {line}")
+
+    def start(self, total: int, done: int) -> None:
+        """Begin to count."""
+        self._total, self._done = total, done
+        self._began = self._spoke = time.monotonic()
+
+    def round(self, row: Row) -> None:
+        """Write the row if its turn has come."""
+        number, now = int(row["round"]), time.monotonic()
+        every = max(1, math.ceil(self._total / self._num_lines))
+        due = number % every == 0 or number in (self._done + 1, self._total)
+        if not due and now - self._spoke < self._seconds:
+            return
+        self._spoke = now
+        width = len(str(self._total))
+        parts = [f"round {number:>{width}}/{self._total}", *_scores(row)]
+        if self._done < number < self._total:
+            left = (now - self._began) / (number - self._done) * (self._total - number)
+            parts.append(f"{duration(left)} left")
+        self._write("  ".join(parts))
+
+    def note(self, line: str) -> None:
+        """Write a note."""
+        self._write(f"note: {line}")
+
+    def warn(self, line: str) -> None:
+        """Write a warning to standard error."""
+        self._stream.flush()
+        sys.stderr.write(f"warning: {line}\n")
+
+    def skew(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Write the figures of a partition as columns."""
+        cells = [
+            [show(str(name), value) if i == 1 else str(value) for i, value in enumerate((name, *rest))]
+            for name, *rest in rows
+        ]
+        self._columns(cells)
+
+    def finish(self, summary: Row) -> None:
+        """Write the summary as two columns."""
+        self._columns([[label(name), show(name, value)] for name, value in flat(summary)])
+
+    def _columns(self, rows: Sequence[Sequence[str]]) -> None:
+        if not rows:
+            return
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        for row in rows:
+            self._write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+    def _write(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+class Live(Observer):
+    """Draws a progress bar and tables on a terminal.
+
+    Args:
+        stream: the terminal.
+        console: a rich console to draw on instead.
+
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, console: Console | None = None) -> None:
+        from rich.console import Console
+
+        self._console = console or Console(file=stream, highlight=False)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._stop()  # gives the cursor back, whatever happened
+
+    def plan(self, line: str) -> None:
+        """Print the plan, dimmed."""
+        self._console.print(f"plan: {line}", style="dim", markup=False)
+
+    def start(self, total: int, done: int) -> None:
+        """Draw the bar."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._stop()
+        self._progress = Progress(
+            TextColumn("round"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[scores]}"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("{task.fields[left]}"),
+            console=self._console,
+            refresh_per_second=4,
+            expand=True,
+        )
+        self._task = self._progress.add_task("", total=total, completed=done, scores="", left="left")
+        self._progress.start()
+
+    def round(self, row: Row) -> None:
+        """Move the bar."""
+        if self._progress is None or self._task is None:
+            return
+        number = int(row["round"])
+        left = "" if number == self._progress.tasks[0].total else "left"
+        self._progress.update(self._task, completed=number, scores="  ".join(_scores(row)), left=left)
+
+    def note(self, line: str) -> None:
+        """Print a note above the bar."""
+        self._console.print(f"note: {line}", style="cyan", markup=False)
+
+    def warn(self, line: str) -> None:
+        """Print a warning above the bar."""
+        self._console.print(f"warning: {line}", style="bold yellow", markup=False)
+
+    def skew(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Print the figures of a partition as a table."""
+        self._table([[str(name), show(str(name), value), *map(str, rest)] for name, value, *rest in rows])
+
+    def finish(self, summary: Row) -> None:
+        """End the bar and print the summary as a table."""
+        self._stop()
+        self._table([[label(name), show(name, value)] for name, value in flat(summary)])
+
+    def _table(self, rows: Sequence[Sequence[str]]) -> None:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.HORIZONTALS, show_header=False, pad_edge=False)
+        for i in range(len(rows[0]) if rows else 0):
+            table.add_column(justify="left", style=("bold", "", "dim")[min(i, 2)], overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        self._console.print(table)
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _scores(row: Row) -> list[str]:
+    return [f"{name} {show(name, row[name])}" for name in ("accuracy", "loss") if row.get(name) is not None]
+
+
+def flat(summary: Row, prefix: str = "") -> list[tuple[str, Any]]:
+    """Return (dotted name, value) of nested mappings; lists and long texts are left to summary.json."""
+    found: list[tuple[str, Any]] = []
+    for name, value in summary.items():
+        if isinstance(value, Mapping):
+            found += flat(value, f"{prefix}{name}.")
+        elif not isinstance(value, (list, tuple)):
+            found.append((prefix + name, value))
+    return found
+
+
+def label(name: str) -> str:
+    """Return a summary key as words.
+
+    >>> label("test.worst_accuracy")
+    'test worst accuracy'
+    """
+    return name.replace(".", " ").replace("_", " ")
+
+
+def show(name: str, value: Any) -> str:
+    """Return a value as a person reads it, by the kind of quantity its name says.
+
+    >>> show("accuracy", 0.91234), show("loss", 0.000123456), show("seconds", 75.2), show("bytes_up", 2_500_000)
+    ('91.23 %', '0.0001235', '1 min 15 s', '2.5 MB')
+    """
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    words = name.replace(".", "_").split("_")
+    if not math.isfinite(value):
+        return str(value)
+    if "accuracy" in words or "recall" in words:
+        return f"{100 * value:.2f} %"
+    if "seconds" in words:
+        return duration(value)
+    if "bytes" in words:
+        return size(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words.
+
+    >>> duration(0.0421), duration(3.27), duration(59.7), duration(125), duration(7384)
+    ('42 ms', '3.3 s', '1 min 0 s', '2 min 5 s', '2 h 3 min')
+    """
+    if seconds < 0.9995:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(num_bytes: float) -> str:
+    """Return a number of bytes with a decimal prefix.
+
+    >>> size(999), size(1000), size(3.21e9)
+    ('999 B', '1.0 kB', '3.2 GB')
+    """
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(num_bytes) < 1000 or prefix == "T":
+            break
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} {prefix}B" if prefix else f"{num_bytes:.0f} B"
