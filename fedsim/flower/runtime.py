@@ -1,0 +1,88 @@
+"""Everything of Flower that is not public, and the process-wide state that its strategies use.
+
+No other file touches a name that Flower may change without notice; `tests/test_flower_runtime.py` says which
+of them broke when it does.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from flwr.app import Message
+from flwr.common.constant import ErrorCode
+from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM, KEY_NORM_BIT
+from flwr.supercore.logger import LOGGER_NAME
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedsim.rng import keyed_bits
+
+CLIPPING_NORM = KEY_CLIPPING_NORM  # what the client-side clipping wrappers send in their config,
+NORM_BIT = KEY_NORM_BIT  # and what they want back: 1 where the update was clipped
+CLIENT_RAISED: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+RUN_ID = 1
+SERVER_NODE_ID = 0  # clients are nodes 1, 2, …
+
+
+def claim_identity() -> None:
+    """Make `Message(…)` usable in this process; a Flower launcher that set an identity before keeps its own."""
+    for name, value in (("_run_id", RUN_ID), ("_node_id", SERVER_NODE_ID), ("_task_id", 0)):
+        if getattr(TaskIdentity, name) is None:
+            setattr(TaskIdentity, name.lstrip("_"), value)
+
+
+def empty_run() -> Run:
+    """Return the description of a run that no SuperLink knows."""
+    return Run.create_empty(RUN_ID)
+
+
+def set_message_id(message: Message, message_id: str) -> None:
+    """Give a message its id, as the SuperLink does when it is pushed."""
+    message.metadata.__dict__["_message_id"] = message_id
+
+
+@contextmanager
+def seeded(seed: int, purpose: str, *key: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and PyTorch's global generators by (seed, purpose, key), and give them back after.
+
+    Flower's strategies draw their samples and noise from the first two, foreign clients from all three.
+    """
+    bits = int(keyed_bits(seed, purpose, *key))
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if started else ()
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  the very generator that others use
+    with torch.random.fork_rng(devices=devices):
+        random.seed(bits)
+        np.random.seed(bits & 0xFFFFFFFF)  # noqa: NPY002
+        torch.manual_seed(bits >> 1)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def logged_warnings() -> Iterator[list[str]]:
+    """Collect what Flower only logs, such as why a strategy skipped its aggregation."""
+    lines: list[str] = []
+    handler = logging.Handler(level=logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage().strip())  # type: ignore[method-assign]
+    logger = logging.getLogger(LOGGER_NAME)
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+
+
+def freeze_garbage() -> None:
+    """Hide what set-up has built from the collector: QFedAvg and Bulyan force a full collection per reply."""
+    gc.collect()
+    gc.freeze()
