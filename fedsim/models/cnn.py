@@ -19,7 +19,7 @@ def cnn(
 ) -> Classifier:
     """Return conv 3×3 – conv 3×3 – max-pool 2 – dense, without padding, ReLU after each.
 
-    Reddi et al. (ICLR 2021, table 7), there for EMNIST; 1,626,442 parameters at 3×32×32 and 10 classes,
+    Reddi et al. (ICLR 2021), there for EMNIST; 1,626,442 parameters at 3×32×32 and 10 classes,
     1,206,590 at 1×28×28 and 62.
 
     Args:
