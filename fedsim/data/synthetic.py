@@ -58,7 +58,11 @@ def synthetic(  # noqa: PLR0913  one argument a key of the config
     for name, value, least in (("alpha", alpha, 0), ("beta", beta, 0), ("num_clients", num_clients, 1)):
         if value < least:
             raise ValueError(f"{name} must be ≥ {least}, got {value}")
-    for name, value, least in (("num_features", num_features, 1), ("num_classes", num_classes, 2), ("min_size", min_size, 2)):
+    for name, value, least in (
+        ("num_features", num_features, 1),
+        ("num_classes", num_classes, 2),
+        ("min_size", min_size, 2),
+    ):
         if value < least:
             raise ValueError(f"{name} must be ≥ {least}, got {value}")
     deviation = np.arange(1, num_features + 1) ** -0.6  # (F,) √Σ_jj
