@@ -1,0 +1,112 @@
+"""Laws over every config in configs/strategy: a new rule is tested by existing."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedsim.contracts import LinearRule
+from fedsim.errors import UserError
+from fedsim.laws import LAWS, check_strategy
+from fedsim.testing import build_rule, strategy_names
+
+ADAPTIVE = "divides by the updates' own size, coordinate by coordinate"
+
+# The laws that a rule does not keep by its nature, with the reason.
+EXEMPT = {
+    "fedadagrad": dict.fromkeys(("unanimity", "homogeneity", "translation"), ADAPTIVE),
+    "fedadam": dict.fromkeys(("unanimity", "homogeneity", "translation"), ADAPTIVE),
+    "fedyogi": dict.fromkeys(("unanimity", "homogeneity", "translation"), ADAPTIVE),
+    "fedld": {"translation": "its directions and norms are taken from the origin"},
+}
+
+# What a rule's shape of input must be for it to work at all.
+SIZES = {"local": (0,)}  # nothing is shared
+
+
+@pytest.mark.parametrize("name", strategy_names())
+@settings(derandomize=True, deadline=None, max_examples=5)
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    num_clients=st.integers(7, 12),
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+)
+def test_every_strategy_keeps_the_laws(name, seed, num_clients, sizes):
+    check_strategy(
+        build_rule(name),
+        exempt=EXEMPT.get(name, {}),
+        num_clients=num_clients,
+        sizes=SIZES.get(name, sizes),
+        seed=seed,
+    )
+
+
+@pytest.mark.parametrize("name", EXEMPT)
+def test_every_exemption_is_needed(name):
+    for law in EXEMPT[name]:
+        others = [other for other in LAWS if other != law]
+        with pytest.raises(AssertionError, match=f"law '{law}'"):
+            check_strategy(build_rule(name), exempt=others)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """The mean, but for one fault."""
+
+    fault: str
+
+    def init(self, layout, num_clients):
+        return {"history": []} if self.fault == "state" else {"calls": torch.zeros(1)}
+
+    def __call__(self, cohort, state):
+        updates, weights = cohort.rows, cohort.weights
+        delta = weights @ updates / (1.0 if self.fault == "weights" else weights.sum())
+        match self.fault:
+            case "shape":
+                delta = delta[:-1]
+            case "finite":
+                delta = delta * updates.norm() / updates.norm()
+            case "deterministic":
+                delta = delta + torch.rand(())
+            case "pure":
+                state["calls"] += 1
+            case "permutation":
+                delta = delta + updates[0]
+            case "unanimity":
+                delta = 2 * delta
+            case "homogeneity":
+                delta = delta.clamp(-1, 1)
+            case "translation":
+                delta = delta * updates.var()
+            case "precision":
+                delta = delta.bfloat16().to(delta)
+        metrics = {"norms": torch.zeros(2)} if self.fault == "metrics" else {}
+        return delta, state, metrics
+
+
+@dataclass(frozen=True)
+class BrokenLinear(LinearRule):
+    def coefficients(self, cohort, state):
+        return cohort.weights if cohort.updates is None else torch.ones_like(cohort.weights)
+
+
+@pytest.mark.parametrize("law", [law for law in LAWS if law != "streaming"])
+def test_a_rule_with_a_fault_fails_its_law(law):
+    with pytest.raises(AssertionError, match=f"law '{law}'"):
+        check_strategy(Broken(law), exempt=[other for other in LAWS if other != law])
+
+
+def test_a_linear_rule_that_looks_at_rows_fails_streaming():
+    with pytest.raises(AssertionError, match="law 'streaming'"):
+        check_strategy(BrokenLinear())
+
+
+def test_a_wrong_name_is_told_the_nearest():
+    with pytest.raises(UserError, match="no strategy 'fedlb'; did you mean 'fedld'"):
+        build_rule("fedlb")
+    with pytest.raises(UserError, match="no argument 'k_proportions'; did you mean 'k_proportion'"):
+        build_rule("fedld", k_proportions=1)
+    with pytest.raises(ValueError, match="no law 'translations'; did you mean 'translation'"):
+        check_strategy(build_rule("fedavg"), exempt=["translations"])
