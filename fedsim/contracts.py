@@ -272,11 +272,16 @@ class Partition(NamedTuple):
 class Partitioner(Protocol):
     """Draws a partition of labelled samples.
 
-    Optional `corrupt(dataset, partition, rng) -> Dataset` changes features or labels by client
-    (feature_noise, label_noise) after the draw.
+    Optional members, found by name:
+        natural_from: "client" | "domain"        which column of the data set `natural` is; "client" if absent
+        corrupt(dataset, partition, rng) -> Dataset      changes features or labels by client after the draw
+        corrupts: tuple[str, …]                  whose samples `corrupt` is given: of "train", "validation", "test"
     """
 
-    num_clients: int | None  # None: the data's natural clients say
+    @property
+    def num_clients(self) -> int | None:
+        """K; None: the data's natural clients say."""
+        ...
 
     def __call__(
         self,
