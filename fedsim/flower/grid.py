@@ -9,23 +9,15 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from torch import Tensor
 
 from fedsim.contracts import Cohort, row_square_norms
 from fedsim.flower import runtime
-from fedsim.flower.records import (
-    METRICS,
-    SERVER_ROUND,
-    CohortReplies,
-    OnClientError,
-    TrainMessages,
-    checked,
-    flatten,
-    only,
-)
+from fedsim.flower.records import METRICS, SERVER_ROUND, CohortReplies, TrainMessages, flatten
+from fedsim.flower.replies import OnClientError, checked, config_of, only
 from fedsim.layout import Layout
 
 Clients = npt.NDArray[np.int64]
@@ -60,8 +52,8 @@ class Backend(Protocol):
 class MessageBackend(Protocol):
     """A backend whose clients read Flower messages themselves: they pass through unopened."""
 
-    def handle(self, messages: Sequence[Message]) -> list[Message]:
-        """Return the clients' replies, failures included."""
+    def handle(self, messages: Sequence[Message], round: int) -> list[Message]:
+        """Return the clients' replies, failures included; `round` counts for messages that do not say theirs."""
         ...
 
 
@@ -146,7 +138,7 @@ class SimulationGrid(Grid):
     def _exchange(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Return the replies to numbered messages."""
         if isinstance(self.backend, MessageBackend):
-            return checked(self.backend.handle(messages), self.on_client_error)
+            return checked(self.backend.handle(messages, self.round), self.on_client_error)
         batches = [self._answer(*batch) for batch in _batches(messages)]
         if len(batches) == 1:
             return batches[0]
@@ -196,11 +188,9 @@ def _batches(messages: Iterable[Message]) -> list[tuple[list[Message], dict[str,
             raise ValueError(f"fedsim's clients answer 'train' and 'evaluate' messages, not {kind!r}")
         if node < 1:
             raise ValueError(f"node ids start at 1, got a message to {node}")
-        content = message.content
-        if id(content) not in configs:
-            records = [record for record in content.values() if isinstance(record, ConfigRecord)]
-            configs[id(content)] = {name: value for record in records for name, value in record.items()}
-        config = configs[id(content)]
+        if (key := id(message.content)) not in configs:
+            configs[key] = config_of(message.content)
+        config = configs[key]
         for other_kind, other_config, members in batches:
             if kind == other_kind and config == other_config and node not in members:
                 members[node] = message

@@ -6,10 +6,10 @@ NumPy arrays, which come straight from the cohort's rows; fedsim's shell reads t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, cast, overload
+from typing import Any, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -21,15 +21,9 @@ from fedsim.contracts import Cohort, Sums
 from fedsim.layout import Layout
 
 NDArray = npt.NDArray[Any]
-OnClientError = Literal["raise", "drop"]
-
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # Flower's customary record names
-BROADCAST, EXTRAS = "broadcast", "extras"  # what a rule sends beside the model, and gets back beside it
-NUM_EXAMPLES, NUM_STEPS, SERVER_ROUND = "num-examples", "num-steps", "server-round"
-
-
-class ClientError(RuntimeError):
-    """A client raised; the notes carry its whole traceback."""
+BROADCAST = "broadcast"  # what a rule sends beside the model
+NUM_EXAMPLES, SERVER_ROUND = "num-examples", "server-round"
 
 
 class LazyArray(Array):
@@ -243,78 +237,3 @@ class StreamedCohort(Cohort):
 
     mean: Tensor  # (D,) Σ c_k Δ_k / Σ c_k
     sums: Sums
-
-
-def checked(replies: Iterable[Message], on_client_error: OnClientError) -> list[Message]:
-    """Return the replies that carry content, in order of their nodes.
-
-    Raises:
-        ClientError: a client failed and `on_client_error` is "raise".
-
-    """
-    replies = sorted(replies, key=lambda reply: reply.metadata.src_node_id)
-    for reply in replies:
-        if reply.has_error() and on_client_error == "raise":
-            reason = (reply.error.reason or f"error code {reply.error.code}").strip()
-            error = ClientError(f"node {reply.metadata.src_node_id} failed: {reason.splitlines()[-1]}")
-            error.add_note(reason)
-            raise error
-    return [reply for reply in replies if reply.has_content()]
-
-
-def only(content: RecordDict, kind: type[ArrayRecord] | type[MetricRecord]) -> Any:
-    """Return the one record of a kind that a message carries, beside what fedsim itself adds."""
-    found = [r for name, r in content.items() if isinstance(r, kind) and name not in (BROADCAST, EXTRAS)]
-    if len(found) != 1:
-        raise ValueError(f"a message must carry exactly one {kind.__name__}, got {len(found)}")
-    return found[0]
-
-
-def read_replies(
-    replies: Sequence[Message], *, clients: Sequence[int], layout: Layout, start: Tensor, round: int, seed: int = 0
-) -> Cohort:
-    """Return real replies as a cohort, rows in ascending order of client.
-
-    Args:
-        replies: one or more replies with content: one `ArrayRecord` of weights, one `MetricRecord` with
-            "num-examples" and, for rules that ask how far a client went, "num-steps" (1 where absent).
-        clients: the client of each reply.
-        layout: of the model that was sent.
-        start: (D,) what was sent, or (K, D) one row a reply.
-        round: the round they answer.
-        seed: the run's.
-
-    """
-    order = np.argsort(np.asarray(clients, dtype=np.int64), kind="stable")
-    replies = [replies[i] for i in order]
-    if start.dim() == 2:
-        start = start[torch.from_numpy(order)]  # (K, D)
-    rows = torch.stack([flatten(only(reply.content, ArrayRecord), layout, start) for reply in replies])  # (K, D)
-    metrics: list[Mapping[str, Any]] = [only(reply.content, MetricRecord) for reply in replies]
-    if any(NUM_EXAMPLES not in m for m in metrics):
-        raise ValueError(f"every reply's MetricRecord must have {NUM_EXAMPLES!r}, got {sorted(metrics[0])}")
-    steps = start.new_tensor([m.get(NUM_STEPS, 1) for m in metrics], dtype=torch.int64)
-    return Cohort(
-        updates=rows - start,
-        weights=start.new_tensor([float(m[NUM_EXAMPLES]) for m in metrics]),
-        clients=start.new_tensor(np.asarray(clients, dtype=np.int64)[order], dtype=torch.int64),
-        num_steps=steps,
-        staleness=torch.zeros_like(steps),
-        received=torch.full_like(steps, round - 1),
-        models={round - 1: start} if start.dim() == 1 else {},
-        round=round,
-        layout=layout,
-        seed=seed,
-        extras=_extras(replies, metrics, start),
-    )
-
-
-def _extras(replies: Sequence[Message], metrics: Sequence[Mapping[str, Any]], like: Tensor) -> dict[str, Tensor]:
-    """Return name → (K, …): every number that all clients sent, and their second uploads."""
-    names = sorted(set.intersection(*(set(m) for m in metrics)) - {NUM_EXAMPLES, NUM_STEPS})
-    numbers = [name for name in names if all(isinstance(m[name], int | float) for m in metrics)]
-    extras = {name: like.new_tensor([float(m[name]) for m in metrics]) for name in numbers}
-    uploads = [cast(Mapping[str, Array], reply.content.get(EXTRAS, {})) for reply in replies]
-    return extras | {
-        name: torch.from_numpy(np.stack([upload[name].numpy() for upload in uploads])).to(like) for name in uploads[0]
-    }

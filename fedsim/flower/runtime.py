@@ -14,7 +14,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from flwr.app import Message
+from flwr.app import Message, RecordDict
+from flwr.app.message.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM, KEY_NORM_BIT
 from flwr.supercore.logger import LOGGER_NAME
@@ -45,6 +46,11 @@ def empty_run() -> Run:
 def set_message_id(message: Message, message_id: str) -> None:
     """Give a message its id, as the SuperLink does when it is pushed."""
     message.metadata.__dict__["_message_id"] = message_id
+
+
+def with_content(message: Message, content: RecordDict) -> Message:
+    """Return a message with the same metadata, id included, and another content."""
+    return make_message(metadata=message.metadata, content=content)
 
 
 @contextmanager

@@ -22,15 +22,12 @@ from fedsim.flower.records import (
     SERVER_ROUND,
     CohortReplies,
     FlatRecord,
-    OnClientError,
     StreamedCohort,
     TrainMessages,
-    checked,
     flatten,
     layout_of,
-    only,
-    read_replies,
 )
+from fedsim.flower.replies import OnClientError, checked, only, read_replies
 from fedsim.flower.runtime import logged_warnings, seeded
 from fedsim.rng import generator
 
