@@ -1,6 +1,6 @@
 """Local: every client trains alone. The bound that a federation must beat to be worth joining.
 
-Nothing is shared, so the updates have no columns and the step is empty; each client's model is its own state.
+Nothing is shared, so the updates have no columns; each client's model is its own state.
 """
 
 from __future__ import annotations
@@ -27,18 +27,9 @@ class Local:
     local_parameters: ClassVar[str] = ".*"
 
     def init(self, layout: Layout, num_clients: int) -> State:
-        """Return no memory.
-
-        Raises:
-            ValueError: some parameters are shared: they would never move.
-
-        """
-        if layout.size:
-            raise ValueError(
-                f"Local keeps every parameter on its client, got {layout.size} shared ones; drop model.local"
-            )
+        """Return no memory."""
         return {}
 
     def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
-        """Return the empty step (0,)."""
-        return cohort.rows.new_zeros(0), state, {}
+        """Return the step 0 (D,): what is shared against the rule's advice stays as it began."""
+        return cohort.rows.new_zeros(cohort.layout.size), state, {}
