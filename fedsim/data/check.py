@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -58,18 +57,18 @@ def _check_splits(dataset: Dataset) -> None:
             raise UserError(f"data: the split {name!r} is {'empty' if name in splits else 'missing'}")
     owner = np.full(num_samples, -1, dtype=np.int8)  # (N,) number of the split that holds the sample
     names = tuple(splits)
-    for number, name in enumerate(names):
-        positions = splits[name]
+    for number, (name, positions) in enumerate(splits.items()):
         if positions.dtype != np.int64 or positions.ndim != 1:
             raise UserError(f"data: split {name!r} must be (n,) int64 positions, got {positions.dtype}")
         if positions.min(initial=0) < 0 or positions.max(initial=-1) >= num_samples:
             raise UserError(f"data: split {name!r} has a position outside 0 … {num_samples - 1}")
-        if len(np.unique(positions)) < len(positions):
-            raise UserError(f"data: split {name!r} holds a sample twice")
+        taken = owner[positions] >= 0  # (n,)
+        if taken.any():
+            first = names[owner[positions[taken]][0]]
+            raise UserError(f"data: the splits {first!r} and {name!r} share sample {positions[taken][0]}")
         owner[positions] = number
-    for first, second in combinations(range(len(names)), 2):
-        if (owner[splits[names[first]]] == second).any():
-            raise UserError(f"data: the splits {names[first]!r} and {names[second]!r} share samples")
+        if np.count_nonzero(owner == number) < len(positions):
+            raise UserError(f"data: split {name!r} holds a sample twice")
 
 
 def _check_labels(dataset: Dataset) -> None:

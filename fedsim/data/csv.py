@@ -166,7 +166,7 @@ def _classes(cells: Strings, label: str, positive: str | None) -> tuple[Int64, t
 
 
 def _codes(cells: Strings) -> tuple[Int64, tuple[str, ...]]:
-    """Number the distinct values (N,) from 0 in order; −1 for an empty cell."""
+    """Return the number (N,) of each cell's value among the distinct ones in order, −1 if empty, and their names."""
     values = numbers(cells)
     keys: npt.NDArray[Any] = cells if values is None else values
     present = cells != ""  # (N,)

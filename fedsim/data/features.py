@@ -31,7 +31,8 @@ def standardise(values: Float64, train: Int64) -> Float32:
     if deviation <= 1e-12 * max(1.0, abs(mean)):
         return np.zeros((len(values), 1), dtype=np.float32)
     scaled = (values - mean) / deviation  # (N,)
-    return np.nan_to_num(scaled, nan=0.0).astype(np.float32)[:, None]
+    filled: Float64 = np.where(np.isnan(scaled), 0.0, scaled)  # (N,)
+    return filled.astype(np.float32)[:, None]
 
 
 def one_hot(cells: Strings, train: Int64) -> Float32:

@@ -90,4 +90,5 @@ def synthetic(  # noqa: PLR0913  one argument a key of the config
 
 def _label(x: npt.NDArray[np.float32], model: Float64) -> npt.NDArray[np.int64]:
     # The last row of the model is b. A softmax does not move the argmax.
-    return (x @ model[:-1] + model[-1]).argmax(1)  # (n,)
+    labels: npt.NDArray[np.int64] = (x @ model[:-1] + model[-1]).argmax(1)  # (n,)
+    return labels
