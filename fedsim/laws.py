@@ -111,7 +111,7 @@ def _run(rule: Rule, cohort: Cohort, rounds: int = 1) -> tuple[Tensor, State, di
 
 
 def _with(cohort: Cohort, updates: Tensor) -> Cohort:
-    return replace(cohort, updates=updates)
+    return replace(cohort, updates=updates, weights=cohort.weights.to(updates))
 
 
 def _expect(law: str, holds: Any, cure: str) -> None:
