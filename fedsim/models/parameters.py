@@ -182,7 +182,7 @@ def load_init(model: nn.Module, path: str | Path) -> None:
 
 
 def _check_shapes(path: Path, own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
-    wrong = [name for name, value in given.items() if value.shape != own[name].shape]
+    wrong = [name for name, tensor in own.items() if name in given and given[name].shape != tensor.shape]
     if not wrong:
         return
     first = wrong[0]
