@@ -81,16 +81,20 @@ def describe(text: str) -> tuple[str, str]:
     ('Median of each coordinate.', 'Byzantine-robust learning (Yin et al., ICML 2018), alg. 1.')
     >>> describe("# Plain averaging (the mean of 3 numbers).")
     ('Plain averaging (the mean of 3 numbers).', '')
+    >>> describe("# LeNet-5 with ReLU. LeCun et al., Proc. IEEE 1998, fig. 2.")
+    ('LeNet-5 with ReLU.', 'LeCun et al., Proc. IEEE 1998, fig. 2.')
     """
     first = text.lstrip("\ufeff\n ").split("\n", 1)[0]
     if not first.startswith("#"):
         return "", ""
-    line = first.lstrip("# ").strip()
-    reference = re.search(r"\([^()]*\b(?:19|20)\d\d[a-z]?\b[^()]*\)", line)
-    if reference is None:
-        return line, ""
-    start = line.rfind(". ", 0, reference.start())
-    return (line, "") if start < 0 else (line[: start + 1], line[start + 2 :])
+    sentences = _SENTENCE_END.split(first.lstrip("# ").strip())
+    dated = (i for i, sentence in enumerate(sentences) if i and _YEAR.search(sentence))
+    start = next(dated, len(sentences))
+    return " ".join(sentences[:start]), " ".join(sentences[start:])
+
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\bal\.)(?<!\bProc\.)(?<!\bInt\.)(?<!\bConf\.)(?<!\b[A-Z]\.)\s+(?=[A-Z\d])")
+_YEAR = re.compile(r"\b(?:19|20)\d\d[a-z]?\b")
 
 
 def _is_group(child: Traversable) -> bool:

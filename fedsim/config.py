@@ -5,8 +5,8 @@ No part ever receives a config node: `instantiate` hands out plain Python values
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from importlib.resources.abc import Traversable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -19,12 +19,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsim import catalogue
+from fedsim import catalogue, misfit
 from fedsim.construct import build, construct
-from fedsim.errors import UserError, did_you_mean
+from fedsim.errors import UserError
 from fedsim.settings import Checkpoint, EarlyStopping, Run
 
-_ADD = (OverrideType.ADD, OverrideType.FORCE_ADD)
+Config = DictConfig
+"""A composed config, or a node of one."""
+
+_FAULTS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
 class Given(NamedTuple):
@@ -39,7 +42,7 @@ class Given(NamedTuple):
         return str(self.parsed.key_or_group)
 
 
-def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> DictConfig:
+def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Config:
     """Compose a run's config from overrides such as `["strategy=fedld", "partition.alpha=0.1"]`.
 
     Args:
@@ -48,23 +51,25 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Dict
 
     Returns:
         The resolved config: shared scalars, one node a group, and a node `hydra` that holds `run.dir` (the run
-        folder), `runtime.choices` (group → choice), `runtime.config_dir` and `overrides.task` (as given).
+        folder, see `claim_run_dir`), `runtime.choices` (group → choice), `runtime.config_dir` and `overrides.task`.
 
     Raises:
         UserError: one line that names the wrong group, key, type or value, what was expected and the nearest name.
 
     """
     folders = catalogue.roots(config_dir)
+    known = {group: list(catalogue.options(group, folders)) for group in catalogue.groups(folders)}
     given = [parse(text) for text in overrides]
     _check_keys(given)
     for item in given:
-        _check_group(item, folders)
+        _check_choice(item, known)
     try:
-        config = _compose([item.text for item in given], config_dir)
+        config = _compose(overrides, config_dir)
         OmegaConf.resolve(config)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(_diagnose(given, folders, config_dir, error)) from error
-    _check_names(config, folders)
+    except _FAULTS as error:
+        raise UserError(_diagnose(given, known, config_dir, error)) from error
+    _check_names(config, known)
+    _check_shadowed(config, config_dir)
     settings(config)
     return config
 
@@ -79,37 +84,14 @@ def parse(text: str) -> Given:
     try:
         parsed = OverridesParser.create().parse_override(text)
     except HydraException as error:
-        raise UserError(_grammar(text)) from error
-    key = str(parsed.key_or_group)
-    if not key.strip():
-        raise UserError(f"{text!r} names no setting; write name=value")
+        raise UserError(misfit.grammar(text)) from error
+    given = Given(text, parsed)
+    if not given.key.strip():
+        raise UserError(misfit.grammar(text))
     if isinstance(parsed.value(), Sweep):
-        value = text.partition("=")[2]
-        raise UserError(f"{text}: one run takes one value of {key}; a list is written {key}='[{value}]'")
-    return Given(text, parsed)
-
-
-def _grammar(text: str) -> str:
-    key, equals, value = text.partition("=")
-    if not equals:
-        groups = [g for g in catalogue.defaults() if text in catalogue.options(g, catalogue.roots())]
-        hint = f"; did you mean {groups[0]}={text}?" if groups else "; write name=value, for example seed=1"
-        return f"{text!r} sets nothing{hint}"
-    if not key or not all(c.isalnum() or c in "_-./@+~:$" for c in key) or ".." in key or key[0] == ".":
-        return f"{text!r}: {key!r} is not the name of a setting; write name=value, for example seed=1"
-    if value.count("[") != value.count("]") or value.count("{") != value.count("}"):
-        return f"{text!r}: a bracket is not closed"
-    if value.count("'") % 2 or value.count('"') % 2:
-        return f"{text!r}: a quotation mark is not closed"
-    return f"{text!r}: cannot read the value; put it in quotes that the shell keeps: {quoted(key, value)}"
-
-
-def quoted(key: str, value: str) -> str:
-    """Return key=value with what quotes both Hydra's grammar and a POSIX shell need."""
-    if value and all(c.isascii() and (c.isalnum() or c in "/._-") for c in value):
-        return f"{key}={value}"
-    inner = value.replace("\\", "\\\\").replace('"', '\\"')
-    return "'" + f'{key}="{inner}"'.replace("'", "'\\''") + "'"
+        hint = f"; a list is written {text.replace('=', '=[', 1)}]" if given.parsed.is_choice_sweep() else ""
+        raise UserError(f"{text}: a run takes one value of {given.key}{hint}")
+    return given
 
 
 def _check_keys(given: Sequence[Given]) -> None:
@@ -118,46 +100,31 @@ def _check_keys(given: Sequence[Given]) -> None:
         if item.key in seen:
             raise UserError(f"{item.key} is given twice: {seen[item.key]} and {item.text}")
         seen[item.key] = item.text
-        if item.key.split(".")[0].split("/")[0] == "hydra" and item.key != "hydra.run.dir":
+        if re.match(r"hydra\b", item.key) and item.key != "hydra.run.dir":
             raise UserError(f"{item.text}: of Hydra's own settings only hydra.run.dir, the run folder, can be set")
 
 
-def _check_group(item: Given, folders: Sequence[Traversable]) -> None:
+def _check_choice(item: Given, known: Mapping[str, Sequence[str]]) -> None:
     """Refuse a choice that a group does not have."""
-    groups = catalogue.groups(folders)
     group, _, rest = item.key.partition("/")
-    if group not in groups or "." in item.key or item.parsed.type is OverrideType.DEL:
+    if group not in known or "." in item.key or item.parsed.type is OverrideType.DEL:
         return
+    value = item.parsed.value()
     if rest:
-        raise UserError(f"{item.text}: a choice in a folder is written {group}={rest}/{item.parsed.value()}")
-    if isinstance(item.parsed.value(), dict):
+        raise UserError(f"{item.text}: a choice in a folder is written {group}={rest}/{value}")
+    if isinstance(value, dict):  # partition={alpha:0.1} sets keys
         return
-    name, known = str(item.parsed.value()), catalogue.options(group, folders)
-    if item.parsed.value() is None or not name:
-        raise UserError(f"{item.text}: {group} needs a name{_suggest('', known, group)}")
-    if name not in known:
-        raise UserError(f"no {group} {name!r}{_suggest(name, known, group)}")
-    if item.parsed.type in _ADD and group in catalogue.defaults():
+    name = "" if value is None else str(value)
+    if name not in known[group]:
+        raise UserError(misfit.no_choice(group, name, known[group]))
+    adds = item.parsed.type is not OverrideType.CHANGE
+    if adds and group in catalogue.defaults():
         raise UserError(f"{group} has a choice already: write {group}={name}, without '+'")
-    if item.parsed.type not in _ADD and group not in catalogue.defaults():
+    if not adds and group not in catalogue.defaults():
         raise UserError(f"{group} has no choice by default: write +{group}={name}")
-    same = [folder for folder in folders if folder.joinpath(group, f"{name}.yaml").is_file()]
-    if len(same) > 1:
-        raise UserError(f"{group}={name} is fedsim's own; rename {same[-1]}/{group}/{name}.yaml")
 
 
-def _suggest(name: str, known: Iterable[str], group: str) -> str:
-    known = list(known)
-    inside = [option for option in known if name and option.startswith(name + "/")]
-    if inside:
-        return f"; did you mean {inside[0]!r}? (it is a folder of {len(inside)} choices)"
-    hint = did_you_mean(name.lower(), known)
-    if hint.startswith("; did") or len(known) <= 12:
-        return hint
-    return f"; `fedsim list {group}` shows all {len(known)}"
-
-
-def _compose(overrides: Sequence[str], config_dir: Path | None) -> DictConfig:
+def _compose(overrides: Sequence[str], config_dir: Path | None) -> Config:
     """Compose with Hydra; keep of its own node what a run needs."""
     extra = [] if config_dir is None else [f"hydra.searchpath=['file://{_escape(str(config_dir.resolve()))}']"]
     with initialize_config_module("fedsim.configs", version_base="1.3"):
@@ -177,94 +144,67 @@ def _compose(overrides: Sequence[str], config_dir: Path | None) -> DictConfig:
 
 
 def _escape(path: str) -> str:
-    return path.replace("\\", "\\\\").replace("'", "\\'")
+    return path.replace("'", "\\'")
 
 
-def _diagnose(given: Sequence[Given], folders: Sequence[Traversable], config_dir: Path | None, error: Exception) -> str:
+def _diagnose(given: Sequence[Given], known: Mapping[str, Any], config_dir: Path | None, error: Exception) -> str:
     """Say which override does not fit, by walking them over the config that the groups alone give."""
-    groups = catalogue.groups(folders)
-    choices = [item for item in given if item.key.partition("@")[0] in groups and "." not in item.key]
+    choices = [item for item in given if item.key.partition("@")[0] in known]
     try:
         config = _compose([item.text for item in choices], config_dir)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as cause:
+    except _FAULTS as cause:
         return f"{' '.join(item.text for item in choices) or 'the default config'}: {_one_line(cause)}"
+    tree = cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
     for item in given:
-        if item in choices:
-            continue
-        message = _misfit(item, config, groups)
+        message = item not in choices and misfit.override(item.text, item.key, tree, config.hydra.runtime.choices)
         if message:
             return message
-    return _one_line(error)
+    suspects = [item.text for item in given if "${" in item.text or isinstance(item.parsed.value(), dict)]
+    return f"{' '.join(suspects)}: {_one_line(error)}" if suspects else _one_line(error)
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(part.strip() for part in str(error).splitlines() if part.strip())
 
 
-def _misfit(item: Given, config: DictConfig, groups: Sequence[str]) -> str | None:
-    """Return what is wrong with one value override, None if it fits."""
-    parts = item.key.split(".")
-    node: Any = config
-    for depth, part in enumerate(parts):
-        if not isinstance(node, DictConfig):
-            return f"{item.text}: {'.'.join(parts[:depth])} is a value, {node!r}, not a group of settings"
-        names = [str(name) for name in node if name != "hydra"]
-        last = depth == len(parts) - 1
-        if part not in node:
-            if item.parsed.type in _ADD and (last or depth):
-                return None
-            return _no_such(item, parts[:depth], part, names, config)
-        node = node._get_node(part) if last else node[part]
-    if item.parsed.type is OverrideType.ADD:
-        return f"{item.key} exists already: write it without '+'"
-    return None
-
-
-def _no_such(item: Given, parents: list[str], name: str, names: list[str], config: DictConfig) -> str:
-    hint = did_you_mean(name, names)
-    if not parents:
-        deeper = [path for path in _paths(config) if path.rpartition(".")[2] == name]
-        if deeper:
-            hint = f"; did you mean {' or '.join(map(repr, deeper[:3]))}?"
-        elif not hint.startswith("; did"):
-            hint = "; `fedsim config` shows all"
-        return f"no setting or group {name!r}{hint}"
-    group = parents[0]
-    choice = config.hydra.runtime.choices.get(group)
-    owner = ".".join(parents) if len(parents) > 1 or choice is None else f"{group}={choice}"
-    return f"{owner} has no setting {name!r}{hint}"
-
-
-def _paths(config: DictConfig) -> list[str]:
-    groups = {str(name): node for name, node in config.items() if isinstance(node, DictConfig) and name != "hydra"}
-    return [f"{group}.{name!s}" for group, node in groups.items() for name in node]
-
-
-def _check_names(config: DictConfig, folders: Sequence[Traversable]) -> None:
+def _check_names(config: Config, groups: Iterable[str]) -> None:
     """Refuse top-level names that nothing reads, and groups that were deleted."""
-    known = {*catalogue.groups(folders), *Run.__dataclass_fields__, "hydra"}
+    known = {*groups, *Run.__dataclass_fields__}
     for name in config:
-        if name not in known:
-            raise UserError(f"no setting or group {str(name)!r}{did_you_mean(str(name), known - {'hydra'})}")
-    for group in catalogue.defaults():
-        if not isinstance(config.get(group), DictConfig):
-            raise UserError(f"{group} is missing; choose one: {group}={catalogue.defaults()[group]}")
+        if name not in known and name != "hydra":
+            raise UserError(misfit.no_setting([], str(name), dict.fromkeys(known), {}))
+    for group, choice in catalogue.defaults().items():
+        if not isinstance(config.get(group), Config):
+            raise UserError(f"{group} is missing; choose one, for example {group}={choice}")
     run_dir = config.hydra.run.dir
     if not isinstance(run_dir, str) or not run_dir:
         raise UserError(f"hydra.run.dir must be a path, got {run_dir!r}")
 
 
-def settings(config: DictConfig) -> Run:
+def _check_shadowed(config: Config, config_dir: Path | None) -> None:
+    """Refuse a file of the user's that Hydra passes over because fedsim has one of the same name."""
+    if config_dir is None:
+        return
+    own = catalogue.roots()
+    for group, choice in config.hydra.runtime.choices.items():
+        path = config_dir / group / f"{choice}.yaml"
+        if path.is_file() and choice in catalogue.options(group, own):
+            raise UserError(f"{group}={choice} is fedsim's own; rename {path} so that it can be chosen")
+
+
+def settings(config: Config) -> Run:
     """Return the shared scalars, typed and checked.
 
     Raises:
         UserError: one of them is missing, of a wrong type or out of its range.
 
     """
-    tree = {name: plain(config.get(name)) for name in Run.__dataclass_fields__ if name in config}
+    tree = {name: plain(config[name]) for name in Run.__dataclass_fields__ if name in config}
     for name, kind in (("early_stopping", EarlyStopping), ("checkpoint", Checkpoint)):
         if not isinstance(tree.get(name), dict):
-            raise UserError(f"{name} must be a group of settings, like {name}.{next(iter(kind.__dataclass_fields__))}")
+            raise UserError(
+                f"{name} must be a group of settings, like {name}.{next(iter(kind.__dataclass_fields__))}=1"
+            )
         tree[name] = construct(kind, tree[name], name)
     return cast(Run, construct(Run, tree))
 
@@ -289,3 +229,46 @@ def instantiate(node: Any, key: str | None = None, **extra: Any) -> Any:
     if key is None:
         key = str(node._get_full_key(None)) if OmegaConf.is_config(node) else ""
     return build(plain(node), key, extra)
+
+
+def from_tree(tree: Mapping[str, Any]) -> Config:
+    """Return plain containers as a config that refuses new keys."""
+    config = OmegaConf.create(dict(tree))
+    OmegaConf.set_struct(config, True)
+    return config
+
+
+def notes(config: Config) -> list[str]:
+    """Return what a user may not expect of a config: a method's pairing that an override undid."""
+    choices, folders = config.hydra.runtime.choices, catalogue.roots(_config_dir(config))
+    found = []
+    for group, choice in choices.items():
+        file = catalogue.options(group, folders).get(choice)
+        listed = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("defaults", []) if file else []
+        for entry, paired in (pair for item in listed if isinstance(item, dict) for pair in item.items()):
+            other = re.fullmatch(r"override /?(\w+)(@.*)?", entry)
+            used = choices.get(other[1]) if other else None
+            if used is not None and used != paired and other:
+                name = other[1]
+                found.append(
+                    f"{group}={choice} is paired with {name}={paired}; {name}={used} was asked for and is used"
+                )
+    return found
+
+
+def _config_dir(config: Config) -> Path | None:
+    path = config.hydra.runtime.config_dir
+    return None if path is None else Path(path)
+
+
+def to_yaml(config: Config, *, provenance: bool = False) -> str:
+    """Return a config as YAML, in the order it was composed.
+
+    Args:
+        config: a composed config.
+        provenance: keep the node `hydra` (choices and overrides), from which `load` and `amend` go on.
+
+    """
+    head = " ".join(f"{group}={choice}" for group, choice in config.hydra.runtime.choices.items())
+    tree = {name: node for name, node in config.items() if provenance or name != "hydra"}
+    return f"# {head}\n{OmegaConf.to_yaml(OmegaConf.create(tree))}"

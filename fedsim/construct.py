@@ -119,8 +119,7 @@ def construct(target: Callable[..., Any], arguments: Mapping[str, Any], key: str
     except UserError:
         raise
     except ValueError as error:
-        message = str(error)
-        raise UserError(f"{key}: {message}" if key and not message.startswith(key) else message) from error
+        raise UserError(_owned(str(error), key, arguments)) from error
     except (TypeError, OSError, ImportError) as error:
         where = f"{key}: " if key else ""
         raise UserError(f"{where}{_name(target)} failed: {type(error).__name__}: {error}") from error
@@ -141,7 +140,8 @@ def _check_arguments(
             raise UserError(f"{dot}{name}: {_name(target)} takes no such argument{hint}")
     missing = [n for n, p in named.items() if p.default is p.empty and n not in arguments]
     if missing and not partial:
-        raise UserError(f"{key or _name(target)}: {_name(target)} needs {', '.join(missing)}")
+        names = ", ".join(missing)
+        raise UserError(f"{key}: {_name(target)} needs {names}" if key else f"{names} must have a value")
     hints = _hints(target)
     checked = {}
     for name, value in arguments.items():
@@ -151,6 +151,13 @@ def _check_arguments(
         except _Mismatch:
             raise UserError(f"{dot}{name} must be {_describe(hint)}, got {value!r}") from None
     return checked
+
+
+def _owned(message: str, key: str, arguments: Mapping[str, Any]) -> str:
+    """Put the key before a message: "alpha must be …" becomes "partition.alpha must be …"."""
+    if not key or message.startswith(key):
+        return message
+    return f"{key}.{message}" if message.split(" ", 1)[0] in arguments else f"{key}: {message}"
 
 
 def _name(target: Callable[..., Any]) -> str:

@@ -1,0 +1,116 @@
+"""A config on disk: the folder a run writes to, and the config that a resumed run goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from fedsim.config import Config, compose, from_tree, parse, plain
+from fedsim.errors import UserError
+
+RESUMABLE = ("num_rounds", "engine.workers", "tracker")
+"""What may be set anew when a run is resumed: nothing that decides its numbers but how far it goes."""
+
+
+def claim_run_dir(config: Config) -> Path:
+    """Make the run folder and return it; a default name that is taken gets -2, -3, … and the config is told.
+
+    Raises:
+        UserError: the folder cannot be made.
+
+    """
+    wanted = Path(config.hydra.run.dir)
+    fixed = any(text.startswith("hydra.run.dir=") for text in config.hydra.overrides.task)
+    path, number = wanted, 1
+    while True:
+        try:
+            path.mkdir(parents=True, exist_ok=fixed)
+        except OSError as error:
+            if isinstance(error, FileExistsError) and not fixed:
+                number += 1
+                path = wanted.with_name(f"{wanted.name}-{number}")
+                continue
+            raise UserError(f"hydra.run.dir={path} cannot be made: {error.strerror}") from error
+        config.hydra.run.dir = str(path)
+        return path
+
+
+def load(folder: Path) -> Config:
+    """Read the config of a run folder, as `to_yaml(config, provenance=True)` wrote it.
+
+    Raises:
+        UserError: there is none, or it is not one of fedsim's.
+
+    """
+    path = folder / "config.yaml"
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    try:
+        tree["hydra"]["run"] = {"dir": str(folder)}
+        tree["hydra"]["overrides"]["task"], tree["hydra"]["runtime"]["choices"]
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path} is not the config of a run: it does not say what was chosen") from error
+    return from_tree(tree)
+
+
+def amend(saved: Config, overrides: Sequence[str], allowed: Sequence[str] = RESUMABLE) -> Config:
+    """Return a saved config with further overrides, of which only some keys may change anything.
+
+    An override that asks for what is saved anyway is no change, and a default that another version of fedsim
+    changed since does not count: what is compared is the config composed with and without the overrides.
+
+    Args:
+        saved: from `load`.
+        overrides: in Hydra's grammar.
+        allowed: keys, or groups of keys, that may change.
+
+    Raises:
+        UserError: the keys that would change, with both values.
+
+    """
+    if not overrides:
+        return saved
+    keys = {parse(text).key for text in overrides}
+    before_task = list(saved.hydra.overrides.task)
+    after_task = [*(text for text in before_task if parse(text).key not in keys), *overrides]
+    folder = saved.hydra.runtime.config_dir
+    config_dir = None if folder is None else Path(folder)
+    before, after = (_flat(plain(compose(task, config_dir=config_dir))) for task in (before_task, after_task))
+    stored = _flat(plain(saved))
+    changed = {k for k in before.keys() | after.keys() if k not in before or k not in after or before[k] != after[k]}
+    changed = {k for k in changed if k not in stored or k not in after or stored[k] != after[k]}
+    refused = sorted(k for k in changed if not any(k == a or k.startswith(f"{a}.") for a in allowed))
+    if "hydra.run.dir" in keys:
+        raise UserError("a resumed run goes on in its own folder: leave hydra.run.dir out")
+    if refused:
+        pairs = ", ".join(f"{k} is {stored.get(k, 'absent')!r}, asked {after.get(k, 'absent')!r}" for k in refused)
+        raise UserError(f"a resumed run keeps its config, but {', '.join(allowed)} may change; these differ: {pairs}")
+    tree = cast(dict[str, Any], plain(saved))
+    for name in allowed:
+        if any(k == name or k.startswith(f"{name}.") for k in changed):
+            _replace(tree, name.split("."), plain(compose(after_task, config_dir=config_dir)))
+    return from_tree(tree)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted key → value, without the node `hydra`."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found if prefix else {k: v for k, v in found.items() if not k.startswith("hydra.")}
+
+
+def _replace(tree: dict[str, Any], path: Sequence[str], source: Mapping[str, Any]) -> None:
+    for name in path[:-1]:
+        tree, source = tree[name], source[name]
+    tree[path[-1]] = source[path[-1]]
