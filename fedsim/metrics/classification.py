@@ -110,7 +110,7 @@ def balanced_accuracy(recall: Tensor) -> Tensor:
 def many_medium_few(recall: Tensor, train_counts: Tensor, many: int = 100, few: int = 20) -> Figures:
     """Average recall over classes with many, medium and few training samples.
 
-    Liu et al., CVPR 2019 (OLTR), §5.1: many is > 100 samples, few is < 20, medium is between, on data sets of
+    Liu et al., CVPR 2019 (OLTR): many is > 100 samples, few is < 20, medium is between, on data sets of
     about 1e5 samples; scale both thresholds with other sizes or take `head_middle_tail`.
 
     Args:
