@@ -70,4 +70,4 @@ def _write(path: Path, array: npt.NDArray[Any]) -> None:
 
 
 def _checksum(array: npt.NDArray[Any]) -> str:
-    return f"{zlib.crc32(memoryview(array).cast('B')):08x}"
+    return f"{zlib.crc32(array.data.cast('B')):08x}"

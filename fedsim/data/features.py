@@ -45,4 +45,5 @@ def one_hot(cells: Strings, train: Int64) -> Float32:
     if not len(categories):
         return np.zeros((len(cells), 1), dtype=np.float32)
     filled = np.where(keys == "", categories[counts.argmax()], keys)  # (N,)
-    return (filled[:, None] == categories).astype(np.float32)
+    hot: Float32 = (filled[:, None] == categories).astype(np.float32)  # (N, S)
+    return hot

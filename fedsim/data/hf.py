@@ -8,6 +8,7 @@ are cached (`fedsim.data.cache`): MNIST takes 2 s to decode and 0.1 s to load ag
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -151,12 +152,10 @@ def _images(
     moments: tuple[Sequence[float] | None, Sequence[float] | None],
 ) -> Tensor:
     resize = None if size is None else (int(size[0]), int(size[1]))
-    parts = []
+    parts = []  # each (n, H, W, C) uint8
     for table in tables:
         key = {"rows": table.fingerprint, "image": image, "size": resize, "version": 1}
-        parts.append(
-            cached("images", key, lambda table=table: decode(table.batches(image), table.num_rows, resize))  # type: ignore[misc]
-        )  # each (n, H, W, C) uint8
+        parts.append(cached("images", key, partial(_decode, table, image, resize)))
     if len({part.shape[1:] for part in parts}) > 1:
         raise UserError(
             f"data: training and test images differ in shape, {[part.shape[1:] for part in parts]}; set data.size"
@@ -176,6 +175,10 @@ def _images(
         normalise_into(x[start : start + len(part)], part, mean, std)
         start += len(part)
     return x
+
+
+def _decode(table: Table, image: str, size: tuple[int, int] | None) -> npt.NDArray[np.uint8]:
+    return decode(table.batches(image), table.num_rows, size)
 
 
 def _channel(values: Sequence[float] | None, channels: int) -> Tensor:
@@ -200,7 +203,7 @@ def _matrix(column: pa.Array, name: str) -> npt.NDArray[np.float32]:
         column = column.flatten()
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)):
         raise UserError(f"data.features: {name!r} must hold numbers or lists of numbers, got {column.type}")
-    values = column.to_numpy(zero_copy_only=False).astype(np.float32)
+    values: npt.NDArray[np.float32] = column.to_numpy(zero_copy_only=False).astype(np.float32)
     if rows == 0 or len(values) % rows:
         raise UserError(f"data.features: the lists in {name!r} must have one length")
     return values.reshape(rows, -1)  # (n, f)

@@ -40,7 +40,7 @@ def decode(batches: Iterable[pa.Array], num_images: int, size: tuple[int, int] |
     mode, pixels = "", np.empty((0, 0, 0, 1), dtype=np.uint8)
     for i, source in enumerate(_sources(batches)):
         try:
-            image = Image.open(source)
+            image: Image.Image = Image.open(source)
             mode = mode or _mode(image.mode)
             if image.mode != mode:
                 image = image.convert(mode)
