@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -113,42 +114,65 @@ def _walk(folder: Traversable, prefix: str) -> Iterator[tuple[str, Traversable]]
             yield prefix + child.name.removesuffix(".yaml"), child
 
 
-def group_table(config_dir: Path | None = None, *, width: int | None = None, bold: bool = False) -> str:
-    """Return a text table of group, default choice and number of choices."""
+def group_table(config_dir: Path | None = None, *, width: int | None = None, style: bool = False) -> str:
+    """Return a text table of group, default choice and the other choices.
+
+    Args:
+        config_dir: folder with further choices.
+        width: columns; None: the terminal's, at most 100.
+        style: bold and dim, for a terminal.
+
+    """
     folders, chosen = roots(config_dir), defaults()
-    rows = []
+    rows = [("group", "default", "also")]
     for group in groups(folders):
-        names = list(options(group, folders))
-        default = chosen.get(group, "")
-        others = [name for name in names if name != default]
-        rows.append((group, default or "-", ", ".join(others)))
-    return _table(("group", "default", "also"), rows, width, bold=bold)
-
-
-def choice_table(group: str, config_dir: Path | None = None, *, width: int | None = None, bold: bool = False) -> str:
-    """Return a text table of the choices of one group: name, what it is, paper."""
-    rows = [(entry.name, entry.summary, entry.paper) for entry in entries(group, config_dir)]
-    if not any(paper for _, _, paper in rows):
-        return _table((group, "what it is"), [row[:2] for row in rows], width, bold=bold)
-    return _table((group, "what it is", "paper"), rows, width, bold=bold)
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], width: int | None, *, bold: bool) -> str:
-    """Lay out rows in columns that fit the width; the last columns wrap, the others are as wide as they need."""
-    width = width or min(shutil.get_terminal_size((80, 24)).columns, 120)
-    num_fixed = 1 if head[-1] in ("paper", "what it is") else len(head) - 1
-    fixed = [max(len(row[i]) for row in [head, *rows]) for i in range(num_fixed)]
-    room = width - sum(fixed) - 2 * (len(head) - 1)
-    num_wrapped = len(head) - num_fixed
-    wrapped = [room] if num_wrapped == 1 else [room * 11 // 20, room - room * 11 // 20]
-    widths = [*fixed, *(max(12, w) for w in wrapped)]
+        names = [name for name in options(group, folders) if name != chosen.get(group)]
+        inside = Counter(name.split("/")[0] for name in names if "/" in name)
+        also = [name for name in names if "/" not in name] + [f"{f}/… ({n} more)" for f, n in inside.items()]
+        rows.append((group, chosen.get(group, "-"), ", ".join(also)))
+    first, second = (max(len(row[i]) for row in rows) + 2 for i in (0, 1))
     lines = []
-    for i, row in enumerate([head, *rows]):
-        cells = [textwrap.wrap(cell, w) or [""] for cell, w in zip(row, widths, strict=True)]
-        for j in range(max(len(cell) for cell in cells)):
-            parts = [(cell[j] if j < len(cell) else "").ljust(w) for cell, w in zip(cells, widths, strict=True)]
-            line = "  ".join(parts).rstrip()
-            lines.append(f"\033[1m{line}\033[0m" if bold and i == 0 else line)
-        if i == 0:
-            lines.append("  ".join("─" * w for w in widths))
+    for i, (group, default, also_text) in enumerate(rows):
+        text = _hang(f"{group:<{first}}{default:<{second}}", also_text, first + second, width)
+        lines += [_styled(line, "1", on=style and i == 0) for line in text]
     return "\n".join(lines)
+
+
+def choice_table(group: str, config_dir: Path | None = None, *, width: int | None = None, style: bool = False) -> str:
+    """Return the choices of one group as text: name, what it is and, below that, its paper.
+
+    Args:
+        group: e.g. "strategy".
+        config_dir: folder with further choices.
+        width: columns; None: the terminal's, at most 100.
+        style: bold and dim, for a terminal.
+
+    Raises:
+        UserError: there is no such group.
+
+    """
+    found = entries(group, config_dir)
+    indent = min(max(len(entry.name) for entry in found), _NAME_WIDTH) + 2
+    lines = []
+    for name, summary, paper in found:
+        text = _hang(f"{name:<{indent}}", summary, indent, width)
+        lines += [_styled(text[0][: len(name)], "1", on=style) + text[0][len(name) :], *text[1:]]
+        lines += [_styled(line, "2", on=style) for line in (_hang(" " * indent, paper, indent, width) if paper else [])]
+    return "\n".join(lines)
+
+
+_NAME_WIDTH = 22  # a longer name has a line of its own
+
+
+def _hang(head: str, text: str, indent: int, width: int | None) -> list[str]:
+    """Wrap text in a column behind its head; a head that is too long gets its own line."""
+    width = width or min(shutil.get_terminal_size((80, 24)).columns, 100)
+    own = [] if len(head) <= indent else [head.rstrip()]
+    room = max(width - indent, 20)
+    wrapped = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]
+    lines = [((" " * indent if own or i else head) + line).rstrip() for i, line in enumerate(wrapped)]
+    return [*own, *lines]
+
+
+def _styled(line: str, code: str, *, on: bool) -> str:
+    return f"\033[{code}m{line}\033[0m" if on and line else line

@@ -269,6 +269,8 @@ def to_yaml(config: Config, *, provenance: bool = False) -> str:
         provenance: keep the node `hydra` (choices and overrides), from which `load` and `amend` go on.
 
     """
-    head = " ".join(f"{group}={choice}" for group, choice in config.hydra.runtime.choices.items())
+    choices = config.hydra.runtime.choices
+    order = [*catalogue.defaults(), *(group for group in choices if group not in catalogue.defaults())]
+    head = " ".join(f"{group}={choices[group]}" for group in order if group in choices)
     tree = {name: node for name, node in config.items() if provenance or name != "hydra"}
     return f"# {head}\n{OmegaConf.to_yaml(OmegaConf.create(tree))}"

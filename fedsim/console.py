@@ -70,8 +70,7 @@ class Plain(Observer):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stream.flush()
+    def __exit__(self, *_: object) -> None: ...
 
     def plan(self, line: str) -> None:
         """Write the plan."""
@@ -103,7 +102,6 @@ class Plain(Observer):
 
     def warn(self, line: str) -> None:
         """Write a warning to standard error."""
-        self._stream.flush()
         sys.stderr.write(f"warning: {line}\n")
 
     def skew(self, rows: Iterable[Sequence[Any]]) -> None:
@@ -126,8 +124,11 @@ class Plain(Observer):
             self._write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
     def _write(self, line: str) -> None:
-        self._stream.write(line + "\n")
-        self._stream.flush()
+        try:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+        except BrokenPipeError:  # who read has gone; the run has not
+            discard(self._stream)
 
 
 class Live(Observer):
@@ -216,6 +217,13 @@ class Live(Observer):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def discard(stream: TextIO) -> None:
+    """Send what is still written to a stream nowhere, so that a closed pipe stops nobody, not even at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def _scores(row: Row) -> list[str]:

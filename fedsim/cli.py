@@ -1,0 +1,283 @@
+"""The command line: `fedsim VERB overrides…`.
+
+Imports nothing heavy before it is needed: `--help` and `--version` load neither Hydra nor torch nor Flower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import shlex
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from fedsim import __version__
+from fedsim.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from fedsim.console import Observer
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class Verb(NamedTuple):
+    """One command: a line of help, longer help with examples, what it takes, and what it does."""
+
+    summary: str
+    details: str
+    takes: str  # name of its positional arguments in the help
+    act: Callable[[Arguments], None]
+
+
+class Arguments(NamedTuple):
+    """What was given to a verb."""
+
+    words: list[str]
+    config_dir: Path | None
+
+
+class Stopped(KeyboardInterrupt):
+    """Interrupted, with what to say about going on."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a log in ASCII loses a dash, not the run
+    verbose = any(word in ("-v", "--verbose") for word in words)
+    try:
+        return _dispatch([word for word in words if word not in ("-v", "--verbose")])
+    except UserError as error:
+        return _report(error, str(error), WRONG_INPUT, verbose=verbose)
+    except KeyboardInterrupt as error:
+        return _report(error, str(error) or "interrupted", INTERRUPTED, verbose=verbose)
+    except BrokenPipeError:  # `fedsim list | head`
+        from fedsim.console import discard
+
+        discard(sys.stdout)
+        return DONE
+    except Exception as error:  # the last place where a failure can become one line
+        first = (str(error).strip().splitlines() or [""])[0]
+        hint = "" if verbose else " (-v shows where)"
+        return _report(error, f"{type(error).__name__}: {first}{hint}", FAILED, verbose=verbose)
+
+
+def _report(error: BaseException, line: str, code: int, *, verbose: bool) -> int:
+    if verbose:
+        traceback.print_exception(error, file=sys.stderr)
+    print(f"fedsim: {line}", file=sys.stderr)
+    return code
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+    elif words[0] in ("-V", "--version"):
+        print(f"fedsim {__version__}")
+    elif words[0] not in VERBS:
+        _refuse_verb(words[0])
+    else:
+        _run_verb(words[0], words[1:])
+    return DONE
+
+
+def _refuse_verb(word: str) -> NoReturn:
+    if "=" in word:
+        raise UserError(f"the command comes first: fedsim run {word}")
+    raise UserError(f"no command {word!r}{did_you_mean(word, VERBS)}")
+
+
+def _run_verb(name: str, words: list[str]) -> None:
+    verb = VERBS[name]
+    parser = _Parser(
+        prog=f"fedsim {name}",
+        usage=f"fedsim {name} [{verb.takes}{'' if name == 'list' else ' ...'}] [--config-dir DIR] [-v]",
+        description=verb.summary + ".\n\n" + textwrap.dedent(verb.details).strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("words", nargs="*", metavar=verb.takes, help=argparse.SUPPRESS)
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="folder of further choices: DIR/strategy/x.yaml")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
+    parser.add_argument("-V", "--version", action="version", version=f"fedsim {__version__}", help="show the version")
+    parser.add_argument("-h", "--help", action="help", help="show this help")
+    try:
+        given, unknown = parser.parse_known_intermixed_args(words)
+    except SystemExit:  # --help and --version have printed
+        return
+    if unknown:
+        bare = unknown[0].lstrip("-").replace("-", "_")
+        hint = f"; a setting is written without dashes: {bare}" if bare else ""
+        raise UserError(f"fedsim {name} has no option {unknown[0]!r}{hint}")
+    _make_importable(Path.cwd())
+    verb.act(Arguments(given.words, given.config_dir))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
+def _make_importable(folder: Path) -> None:
+    """Let `_target_: my_module.MyRule` find a module beside the user, behind all that is installed."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+    return f"""\
+usage: fedsim COMMAND [name=value ...] [--config-dir DIR] [-v]
+
+Federated-learning simulation for heterogeneous clients.
+
+commands:
+{verbs}
+
+examples:
+  fedsim run strategy=fedld partition.alpha=0.1
+  fedsim run resume=outputs/2026-01-31/12-00-00-fedld num_rounds=200
+  fedsim partition partition=shards partition.num_clients=100
+  fedsim list strategy
+
+Each command has its own --help. -v shows the traceback of an error, --version the version.
+Exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted."""
+
+
+def _act_run(given: Arguments) -> None:
+    from fedsim import config, console
+
+    parsed = [config.parse(word) for word in given.words]
+    folders = [item for item in parsed if item.key == "resume" and item.parsed.value() is not None]
+    with console.open_observer() as observer:
+        if folders:
+            others = [item.text for item in parsed if item not in folders]
+            _resume(Path(str(folders[0].parsed.value())), others, given.config_dir, observer)
+            return
+        composed = config.compose(given.words, config_dir=given.config_dir)
+        for line in config.notes(composed):
+            observer.note(line)
+        from fedsim import simulation
+
+        try:
+            simulation.run(composed, observer)
+        except KeyboardInterrupt as error:
+            raise Stopped(_how_to_resume(Path(composed.hydra.run.dir))) from error
+
+
+def _resume(folder: Path, overrides: list[str], config_dir: Path | None, observer: Observer) -> None:
+    if config_dir is not None:
+        raise UserError("a resumed run keeps its config: leave --config-dir out")
+    if not folder.is_dir():
+        raise UserError(f"resume={folder}: no such folder")
+    from fedsim import simulation
+
+    try:
+        simulation.resume(folder, overrides, observer)
+    except KeyboardInterrupt as error:
+        raise Stopped(_how_to_resume(folder)) from error
+
+
+def _how_to_resume(folder: Path) -> str:
+    from fedsim.misfit import quoted
+
+    checkpoints = folder / "checkpoints"
+    if not checkpoints.is_dir() or not any(checkpoints.iterdir()):
+        return "interrupted before the first checkpoint; there is nothing to resume"
+    return f"interrupted; go on with: fedsim run {quoted('resume', str(folder))}"
+
+
+def _act_partition(given: Arguments) -> None:
+    from fedsim import config, console
+
+    composed = config.compose(given.words, config_dir=given.config_dir)
+    if composed.resume is not None:
+        raise UserError("resume is for fedsim run")
+    with console.open_observer() as observer:
+        for line in config.notes(composed):
+            observer.note(line)
+        from fedsim import simulation
+
+        simulation.partition(composed, observer)
+
+
+def _act_config(given: Arguments) -> None:
+    from fedsim import config
+
+    composed = config.compose(given.words, config_dir=given.config_dir)
+    for line in config.notes(composed):
+        print(f"note: {line}", file=sys.stderr)
+    print(config.to_yaml(composed), end="")
+
+
+def _act_list(given: Arguments) -> None:
+    from fedsim import catalogue
+
+    if len(given.words) > 1:
+        raise UserError(f"fedsim list takes one group, got {' '.join(map(shlex.quote, given.words))}")
+    style = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    if given.words:
+        print(catalogue.choice_table(given.words[0], given.config_dir, style=style))
+    else:
+        print(catalogue.group_table(given.config_dir, style=style))
+        print("\nfedsim list GROUP says what each choice is; GROUP=CHOICE takes it.")
+
+
+VERBS = {
+    "run": Verb(
+        "Train a federation and write a run folder",
+        """
+        Settings are written name=value (Hydra's grammar); `fedsim config` shows all of them with their defaults,
+        `fedsim list` what can be chosen.
+
+        examples:
+          fedsim run
+          fedsim run strategy=fedld partition.alpha=0.1 num_rounds=200 seed=1
+          fedsim run data=cifar10 data.root=data model=cnn hydra.run.dir=runs/cifar10
+          fedsim run resume=runs/cifar10 num_rounds=300
+        """,
+        "name=value",
+        _act_run,
+    ),
+    "partition": Verb(
+        "Draw a partition, measure its skew and draw its picture, without training",
+        """
+        Takes the settings of `fedsim run`; writes partition.npz and partition.png to the run folder.
+
+        examples:
+          fedsim partition partition.alpha=0.1
+          fedsim partition data=heart_disease partition=natural hydra.run.dir=runs/hospitals
+        """,
+        "name=value",
+        _act_partition,
+    ),
+    "config": Verb(
+        "Print the config that a run would have",
+        """
+        examples:
+          fedsim config
+          fedsim config strategy=fedld partition.alpha=0.1
+        """,
+        "name=value",
+        _act_config,
+    ),
+    "list": Verb(
+        "List the groups, or one group's choices with their papers",
+        """
+        examples:
+          fedsim list
+          fedsim list strategy
+          fedsim list strategy --config-dir my_configs
+        """,
+        "GROUP",
+        _act_list,
+    ),
+}
