@@ -14,6 +14,7 @@ from typing import Any
 import numpy.typing as npt
 from torch import Tensor
 
+from fedsim.catalogue import options, roots
 from fedsim.contracts import Rule, State
 from fedsim.errors import UserError, did_you_mean
 from fedsim.laws import check_strategy as check_strategy
@@ -60,10 +61,7 @@ def build_rule(name: str, **arguments: Any) -> Any:
 
 def strategy_names() -> list[str]:
     """Return the names of fedsim's own strategies, ascending; Flower's are under `flower/`."""
-    from importlib.resources import files
-
-    paths = (files("fedsim.configs") / "strategy").iterdir()
-    return sorted(p.name.removesuffix(".yaml") for p in paths if p.name.endswith(".yaml") and p.name[0] != "_")
+    return [name for name in options("strategy", roots()) if "/" not in name]
 
 
 def apply_rule(
