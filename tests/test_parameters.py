@@ -62,7 +62,7 @@ def test_tied_parameters_are_one_and_match_by_either_name():
     assert parts.shared.names == ("embed.weight", "head.bias")
     assert parts.shared.size == 6 * 4 + 6
     assert split_parameters(Tied(), trainable=r"head\.w").shared.names == ("embed.weight",)
-    assert split_parameters(Tied(), local="embed").local.names == ("embed.weight",)
+    assert split_parameters(Tied(), local=r"head\.w").local.names == ("embed.weight",)
 
 
 def test_buffers_are_the_persistent_ones():
@@ -80,13 +80,26 @@ def test_buffers_are_the_persistent_ones():
         ({"trainable": ["head", "body.fc2"]}, ["model.trainable='body.fc2'", "body.fc1.weight"]),
         ({"trainable": "(head"}, ["model.trainable='(head'", "regular expression"]),
         ({"trainable": "head", "local": "body"}, ["model.local='body'", "frozen"]),
-        ({"local": "."}, ["no parameter is left to share", "4 of 4 are local"]),
     ],
 )
 def test_a_pattern_that_cannot_be_meant_is_named(patterns, words):
     with pytest.raises(UserError) as caught:
         split_parameters(model(), **patterns)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_client_may_keep_every_parameter():
+    parts = split_parameters(model(), local=".")
+    assert parts.shared.size == 0
+    assert len(parts.local.names) == 4
+
+
+def test_a_model_with_nothing_to_train_is_refused():
+    frozen = model()
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(UserError, match="no parameter is left to train: 4 of 4 are frozen"):
+        split_parameters(frozen)
 
 
 def test_weights_are_a_function_of_the_seed_alone():
@@ -96,6 +109,7 @@ def test_weights_are_a_function_of_the_seed_alone():
     torch.set_default_dtype(torch.float64)
     try:
         again = initialise(lambda: mlp((3,), 4), seed=3).state_dict()
+        assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(default)
     with torch.device("meta"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,7 @@ class Trainer:
         self.engine, self.task = engine, engine.task
         self.on_bad_update = on_bad_update
         self.dropped = 0  # bad rows of the last job
+        self.seconds = 0.0  # spent in the engine since the trainer was made
         self._rows = torch.empty(0, self.task.shared.size, dtype=self.task.dtype, device=self.task.device)
 
     def buffer(self, count: int) -> Tensor:
@@ -43,7 +45,7 @@ class Trainer:
     def collect(self, job: Job) -> tuple[Cohort, Tensor]:
         """Train a job and hold its rows; return (cohort, the cohort's mean buffers)."""
         out = self.buffer(len(job))
-        block = self.engine.train(job, out)
+        block = self._train(job, out)
         good, kept = self._judge(job, block)
         cohort = self._cohort(job, block, out)
         return (cohort if good is None else cohort.take(good)), self._buffers(job, kept)
@@ -60,7 +62,7 @@ class Trainer:
             reduced: names of second uploads of which only the mean is kept.
 
         """
-        size = max(1, min(64, STREAM_BLOCK // self.task.shared.size))
+        size = max(1, min(64, STREAM_BLOCK // max(1, self.task.shared.size)))
         total = torch.zeros(self.task.shared.size, dtype=self.task.dtype, device=self.task.device)
         weight = torch.zeros((), dtype=torch.float64, device=self.task.device)
         parts: list[Cohort] = []
@@ -69,7 +71,7 @@ class Trainer:
         for low in range(0, len(job), size):
             part = job.part(low, min(low + size, len(job)))
             out = self.buffer(size)[: len(part)]
-            block = self.engine.train(part, out)
+            block = self._train(part, out)
             good, kept = self._judge(part, block)
             dropped += self.dropped
             cohort = replace(self._cohort(part, block, out), updates=None)
@@ -91,6 +93,12 @@ class Trainer:
         mean = total / weight.to(total.dtype)
         streamed = Streamed(mean, Sums(cohort, torch.cat(shares), torch.cat(norms), means))
         return replace(cohort, streamed=streamed), self._buffers(job, _merge(buffers))
+
+    def _train(self, job: Job, out: Tensor) -> Block:
+        started = time.perf_counter()
+        block = self.engine.train(job, out)
+        self.seconds += time.perf_counter() - started
+        return block
 
     def _judge(self, job: Job, block: Block) -> tuple[Tensor | None, Block]:
         """Find rows that are not finite; keep the state of the others. Return (their mask or None, good rows)."""

@@ -47,7 +47,7 @@ def split_parameters(model: nn.Module, *, trainable: Patterns = None, local: Pat
         The parts; the model is not changed.
 
     Raises:
-        UserError: a pattern that matches no parameter, or nothing left to share.
+        UserError: a pattern that matches no parameter, or nothing left to train.
 
     """
     aliases = tied_names(model)
@@ -61,10 +61,10 @@ def split_parameters(model: nn.Module, *, trainable: Patterns = None, local: Pat
     if local is not None and not personal:
         raise UserError(f"model.local={local!r} matches only frozen parameters; widen model.trainable={trainable!r}")
     shared = [name for name in free if name not in set(personal)]
-    if not shared:
+    if not shared and not personal:
         raise UserError(
-            f"no parameter is left to share: {len(personal)} of {len(named)} are local and "
-            f"{len(named) - len(free)} frozen (model.trainable={trainable!r}, model.local={local!r})"
+            f"no parameter is left to train: {len(named) - len(free)} of {len(named)} are frozen "
+            f"(model.trainable={trainable!r})"
         )
     return Parameters(
         shared=Layout.of({name: named[name] for name in shared}),

@@ -1,0 +1,106 @@
+"""The engine behind the grid: what a cohort's messages ask for, trained as one job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.contracts import Cohort, Partition
+from fedsim.engine.evaluate import predict
+from fedsim.engine.rounds import Trainer
+from fedsim.engine.task import Job
+from fedsim.layout import Layout
+from fedsim.local import Int64
+from fedsim.metrics.classification import segment_means
+
+
+class EngineBackend:
+    """Trains and evaluates virtual clients on an engine; `fedsim.flower.grid.Backend`.
+
+    Args:
+        trainer: the engine with its bad-row policy.
+        buffers: of the model before round 1.
+        average_buffers: whether the clients' buffers replace the server's.
+        test: each client's own test samples.
+        coefficients: of a cohort without updates, where the rule lets rows be summed as they come; None holds them.
+        reduced_extras: second uploads of which such a rule wants only the mean.
+
+    """
+
+    def __init__(
+        self, trainer: Trainer, *, buffers: Tensor, average_buffers: bool, test: Partition,
+        coefficients: Callable[[Cohort], Tensor] | None = None, reduced_extras: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self.trainer, self.task = trainer, trainer.task
+        self.buffers, self.average_buffers = buffers, average_buffers
+        self.test = test
+        self.coefficients, self.reduced_extras = coefficients, reduced_extras
+        self.cohort: Cohort | None = None  # of the last round, good rows only
+
+    @property
+    def layout(self) -> Layout:
+        """Of the parameters that travel."""
+        return self.task.shared
+
+    def train(
+        self, round: int, clients: Int64, models: Tensor, broadcast: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> Cohort:
+        """Train a cohort from models (D,) or, one row a client, (K, D).
+
+        A Flower strategy's "proximal-mu" reaches the objective as `broadcast["proximal_mu"]`, every other number
+        under its own name.
+        """
+        models = models.to(self.task.device, self.task.dtype)
+        same = models.dim() == 1
+        # Rows of their own versions get negative ids: no version of the server's has one.
+        received = np.full(len(clients), round - 1) if same else -1 - np.arange(len(clients))
+        sent = {name.replace("-", "_"): value for name, value in config.items() if isinstance(value, int | float)}
+        sent.update(broadcast)
+        versions = {int(v): models if same else models[k] for k, v in enumerate(received.tolist())}
+        job = Job(
+            clients=clients,
+            received=received,
+            models=versions,
+            broadcasts=dict.fromkeys(versions, sent),
+            buffers=self.buffers,
+            state=self.task.store.get(clients, self.task.device),
+            round=round,
+            key=round,
+            lr=self.task.training.rate(round),
+        )
+        if self.coefficients is not None:
+            cohort, buffers = self.trainer.stream(job, self.coefficients, self.reduced_extras)
+        else:
+            cohort, buffers = self.trainer.collect(job)
+        if not same:
+            cohort = replace(cohort, staleness=torch.zeros_like(cohort.staleness))
+        if self.average_buffers:
+            self.buffers = buffers
+        self.cohort = cohort
+        return cohort
+
+    def evaluate(self, round: int, clients: Int64, models: Tensor) -> Mapping[str, np.ndarray[Any, np.dtype[Any]]]:
+        """Return what Flower's strategies average: samples, loss and accuracy on each client's test samples."""
+        models = models.to(self.task.device, self.task.dtype)
+        sizes = self.test.sizes[clients]  # (K,)
+        if models.dim() == 1:
+            positions = np.concatenate([self.test.of(int(k)) for k in clients])
+            result = predict(self.task, models, torch.from_numpy(positions).to(self.task.device), buffers=self.buffers)
+            loss, correct = result.loss, result.correct
+        else:
+            rows = [
+                predict(self.task, w, torch.from_numpy(self.test.of(int(k))).to(self.task.device), buffers=self.buffers)
+                for k, w in zip(clients, models, strict=True)
+            ]
+            loss, correct = torch.cat([r.loss for r in rows]), torch.cat([r.correct for r in rows])
+        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]))
+        return {
+            "num-examples": sizes,
+            "eval_loss": segment_means(loss, offsets).nan_to_num().cpu().numpy(),
+            "eval_acc": segment_means(correct, offsets).nan_to_num().cpu().numpy(),
+        }

@@ -1,0 +1,300 @@
+"""From a composed config, or from objects, to an experiment: every mistake is found here, before round 1."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedsim import __version__
+from fedsim.config import Config, instantiate, plain, settings
+from fedsim.construct import locate
+from fedsim.contracts import Dataset, LinearRule, Partition
+from fedsim.data.check import check_dataset
+from fedsim.data.splits import ClientSplits, split_clients, validation_split
+from fedsim.engine.sequential import BUFFER, LOCAL, Sequential
+from fedsim.engine.store import ClientStore
+from fedsim.engine.task import Engine, Task
+from fedsim.errors import UserError
+from fedsim.experiment import Experiment
+from fedsim.layout import Layout
+from fedsim.local import LocalTraining
+from fedsim.loop import CheckpointCost
+from fedsim.metrics.budget import Evaluation
+from fedsim.models.dropout import replace_dropout
+from fedsim.models.parameters import Parameters, initialise, load_init, split_parameters
+from fedsim.rng import generator
+from fedsim.settings import Run
+
+Parts = Mapping[str, Any]
+TRAINING = tuple(LocalTraining.__dataclass_fields__)
+
+
+def build(config: Config, parts: Parts | None = None) -> Experiment:
+    """Build everything that a run needs.
+
+    Args:
+        config: as `fedsim.config.compose` returns it.
+        parts: objects that stand in for groups: data (a Dataset), partition, model (an nn.Module or a function that
+            returns one), client (an objective), training (a LocalTraining), strategy, sampler.
+
+    Raises:
+        UserError: anything that cannot be run, in one line.
+
+    """
+    parts = parts or {}
+    run = settings(config)
+    device, dtype = _machine(run)
+    dataset, splits = data(config, parts)
+    strategy = parts.get("strategy") or instantiate(config.strategy)
+    client, training = _client(config, parts)
+    model, names = _model(config, parts, dataset, run, strategy)
+    task = _task(dataset, splits, model.to(device, dtype), names, (client, training), strategy, run)
+    initial, buffers = _initial(model, names.shared), _initial_buffers(model, names.buffers)
+    engine = _engine(config, task)  # from here on the module's tensors are the engine's
+    sampler = parts.get("sampler") or instantiate(_without(config.sampler, "seed"), "sampler")
+    evaluation = parts.get("metrics") or instantiate(config.metrics)
+    experiment = Experiment(
+        settings=run, dataset=dataset, splits=splits, task=task, engine=engine, strategy=strategy, sampler=sampler,
+        evaluation=evaluation, initial=initial, initial_buffers=buffers, sampler_seed=_seed(config.sampler.seed, run), plan={}, config={},
+    )  # fmt: skip
+    experiment = _plan(experiment, config)
+    _check_cohort(experiment)
+    return experiment
+
+
+def data(config: Config, parts: Parts | None = None) -> tuple[Dataset, ClientSplits]:
+    """Load the data and draw the partition: all that `fedsim partition` needs."""
+    parts = parts or {}
+    run = settings(config)
+    dataset = parts.get("data")
+    if not isinstance(dataset, Dataset):
+        dataset = dataset() if callable(dataset) else instantiate(_without(config.data, "validation"), "data")
+    dataset = check_dataset(dataset)
+    seed = _seed(config.partition.seed, run)
+    try:
+        dataset = validation_split(dataset, config.data.validation, seed)
+        partitioner = parts.get("partition") or instantiate(
+            _without(config.partition, "seed", "held_out_clients", "local_validation", "local_test"), "partition"
+        )
+        train = dataset.splits["train"]
+        natural = dataset.domain if getattr(partitioner, "by", "client") == "domain" else dataset.client
+        drawn = partitioner(
+            dataset.y.numpy()[train], generator(seed, "partition"), None if natural is None else natural[train]
+        )
+        partition = Partition(train[drawn.indices], drawn.offsets)
+        if hasattr(partitioner, "corrupt"):
+            dataset = partitioner.corrupt(dataset, partition, generator(seed, "corrupt"))
+        splits = split_clients(
+            partition, dataset.y.numpy(), held_out_clients=config.partition.held_out_clients,
+            local_validation=config.partition.local_validation, local_test=config.partition.local_test, seed=seed,
+        )  # fmt: skip
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"partition: {error}") from error
+    return dataset, splits
+
+
+def _machine(run: Run) -> tuple[torch.device, torch.dtype]:
+    """Return device and dtype, and make kernels deterministic there."""
+    if run.device == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    else:
+        name = run.device
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(f"device={run.device}: this machine has no CUDA device; use device=cpu")
+        index = torch.device(name).index or 0
+        if index >= torch.cuda.device_count():
+            raise UserError(f"device={run.device}: this machine has {torch.cuda.device_count()} CUDA devices")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps: this machine has no Metal device; use device=cpu")
+    torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    return torch.device(name), getattr(torch, run.dtype)
+
+
+def _client(config: Config, parts: Parts) -> tuple[Any, LocalTraining]:
+    node = plain(config.client)
+    mine = {name: node.pop(name) for name in TRAINING if name in node}
+    training = parts.get("training")
+    if training is None:
+        training = instantiate({"_target_": "fedsim.local.LocalTraining", **mine}, "client")
+    objective = parts.get("client") or instantiate(node, "client")
+    return objective, training
+
+
+def _model(
+    config: Config, parts: Parts, dataset: Dataset, run: Run, strategy: Any
+) -> tuple[nn.Module, Parameters]:
+    node = plain(config.model)
+    shared = {name: node.pop(name, None) for name in ("seed", "init", "trainable", "local")}
+    given = parts.get("model")
+    if isinstance(given, nn.Module):
+        model = given
+    else:
+        target = given or locate(node["_target_"], "model._target_")
+        known = {"input_shape": tuple(dataset.x.shape[1:]), "num_classes": dataset.num_classes}
+        extra = {name: value for name, value in known.items() if _takes(target, name) and name not in node}
+        factory = (lambda: given(**extra)) if given else (lambda: instantiate(node, "model", **extra))
+        model = initialise(factory, _seed(shared["seed"], run))
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model: {node.get('_target_')} must return an nn.Module, got {type(model).__name__}")
+    model = replace_dropout(model)
+    if shared["init"]:
+        load_init(model, shared["init"])
+    local = shared["local"] or getattr(strategy, "local_parameters", None)
+    names = split_parameters(model, trainable=shared["trainable"], local=local)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in names.frozen)
+    return model, names
+
+
+def _takes(target: Any, name: str) -> bool:
+    return name in inspect.signature(target).parameters
+
+
+def _task(
+    dataset: Dataset, splits: ClientSplits, model: nn.Module, names: Parameters, client: tuple[Any, LocalTraining],
+    strategy: Any, run: Run,
+) -> Task:  # fmt: skip
+    parameter = next(model.parameters())
+    x = dataset.x.to(parameter.device, parameter.dtype if dataset.x.is_floating_point() else dataset.x.dtype)
+    objective, training = client
+    own = dict(model.named_parameters())
+    first = {LOCAL + name: own[name].detach().clone() for name in names.local.names}
+    if run.buffers == "client":
+        buffers = dict(model.named_buffers())
+        first |= {"buffer/" + name: buffers[name].detach().clone() for name in names.buffers.names}
+    if hasattr(objective, "init_client"):
+        first |= objective.init_client(names.shared)
+    partition = splits.train
+    if getattr(strategy, "pooled", False):
+        partition = Partition(partition.indices, np.array([0, len(partition.indices)]))
+    try:
+        _probe(model, x, dataset.num_classes)
+    except Exception as error:
+        shape = tuple(x.shape[1:])
+        raise UserError(f"model: it does not take inputs of shape {shape}: {str(error).splitlines()[0]}") from error
+    return Task(
+        module=model, shared=names.shared, local=names.local, buffers=names.buffers, objective=objective,
+        training=training, x=x, y=dataset.y.to(x.device), partition=partition,
+        store=ClientStore(splits.train.num_clients, first), seed=run.seed, augment=dataset.augment,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _probe(model: nn.Module, x: Tensor, num_classes: int) -> None:
+    """Run two samples, so that a model that does not fit its data is found at once."""
+    model.eval()
+    logits = model(x[:2])
+    expected = (len(x[:2]), num_classes)
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"it must return logits of shape {expected}, got {got}")
+
+
+def _engine(config: Config, task: Task) -> Engine:
+    arguments = {name: value for name, value in plain(config.engine).items() if name != "name"}
+    return Sequential(task, **arguments)
+
+
+def _initial(model: nn.Module, layout: Layout) -> Tensor:
+    own = dict(model.named_parameters())
+    like = next(iter(own.values()))
+    return layout.join({name: own[name].detach() for name in layout.names}).to(like.device, like.dtype)
+
+
+def _initial_buffers(model: nn.Module, layout: Layout) -> Tensor:
+    buffers = dict(model.named_buffers())
+    like = next(model.parameters())
+    return layout.join({name: buffers[name].detach().to(like.dtype) for name in layout.names}).to(like.device)
+
+
+def _plan(experiment: Experiment, config: Config) -> Experiment:
+    """Resolve what decides the bits: written to plan.json and taken from there on resume."""
+    task, run = experiment.task, experiment.settings
+    cohort = experiment.cohort_size
+    sizes = task.partition.sizes[experiment.participants]
+    steps = task.training.num_steps(sizes)
+    batch = np.minimum(sizes, task.training.batch_size or sizes.max())
+    passed = np.where(sizes > 0, steps * batch, 0)
+    samples = max(1, round(float(passed.mean()) * cohort))
+    evaluation: Evaluation = experiment.evaluation.resolve(
+        samples,
+        sum(len(p) for name, p in experiment.dataset.splits.items() if name != "train"),
+        int(experiment.splits.test.sizes.sum()),
+    )
+    why = _needs_rows(experiment, evaluation)
+    state = sum(value.numel() for value in task.store.first.values()) * cohort
+    cost = CheckpointCost(float(steps.mean()) * cohort, samples, task.shared.size, 4 * (3 * task.shared.size + state))
+    plan = {
+        **experiment.engine.plan,
+        "rows": f"held: {why}" if why else "streamed",
+        "device": str(task.device) if task.device.type == "cpu" else torch.cuda.get_device_name(task.device),
+        "threads": torch.get_num_threads(),
+        "dtype": run.dtype,
+        "parameters": task.shared.size,
+        "cohort": cohort,
+        "clients": len(experiment.participants),
+        "evaluate_every": evaluation.every,
+        "evaluate_clients_every": evaluation.clients_every,
+        "checkpoint_every": run.checkpoint.every or cost.every(),
+        "versions": {
+            "fedsim": __version__, "python": platform.python_version(), "torch": str(torch.__version__),
+            "numpy": np.__version__, "flwr": version("flwr"),
+        },
+    }  # fmt: skip
+    return replace(experiment, plan=plan, evaluation=evaluation, config=_saved(config))
+
+
+def _needs_rows(experiment: Experiment, evaluation: Evaluation) -> str | None:
+    """Say who needs the rows of the updates; None lets the engine sum them as they come."""
+    rule = experiment.strategy
+    if not isinstance(rule, LinearRule):
+        return type(rule).__name__
+    if getattr(rule, "needs_rows", False):
+        return type(rule).__name__
+    if evaluation.cosines:
+        return "metrics.cosines"
+    if evaluation.decomposition_every:
+        return "metrics.decomposition_every"
+    return None
+
+
+def _check_cohort(experiment: Experiment) -> None:
+    if not len(experiment.participants):
+        raise UserError("partition: no client may train: all are held out or have no samples")
+    rule = experiment.strategy
+    if hasattr(rule, "check"):
+        try:
+            rule.check(experiment.cohort_size)
+        except ValueError as error:
+            raise UserError(f"strategy: {error}") from error
+
+
+def _saved(config: Config) -> dict[str, Any]:
+    tree: dict[str, Any] = plain(config)
+    return tree
+
+
+def _seed(own: int | None, run: Run) -> int:
+    return run.seed if own is None else own
+
+
+def _without(node: Config, *names: str) -> dict[str, Any]:
+    """Return a group's own arguments, without the ones that all of its choices share."""
+    return {name: value for name, value in plain(node).items() if name not in names}
+
+
+__all__ = ["BUFFER", "build", "data"]

@@ -1,0 +1,165 @@
+"""What a round's row and the clients' rows say: one pass over the data, then sums over segments."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.contracts import Cohort, Dataset, Partition
+from fedsim.data.splits import ClientSplits
+from fedsim.engine.evaluate import predict
+from fedsim.engine.sequential import LOCAL
+from fedsim.engine.task import Task
+from fedsim.local import Int64
+from fedsim.metrics.budget import Evaluation
+from fedsim.metrics.calibration import expected_calibration_error
+from fedsim.metrics.classification import (
+    Figures,
+    Outputs,
+    balanced_accuracy,
+    concatenate,
+    head_middle_tail,
+    many_medium_few,
+    overall,
+    per_class_recall,
+    per_client,
+)
+from fedsim.metrics.decomposition import decompose, subsample
+from fedsim.metrics.fairness import accuracy_by_skew_quartile, fairness
+from fedsim.metrics.skew import label_counts, skew
+
+Columns = dict[str, Any]
+
+
+class ClientFigures(NamedTuple):
+    """What an evaluation on the clients' own data says."""
+
+    figures: Figures  # for the round's row
+    clients: Int64  # (C,) ids of those that have test samples
+    columns: dict[str, Tensor]  # name → (C,), for the clients' rows
+
+
+class Evaluator:
+    """Evaluates a model on the server's splits, on the clients' own data, and term by term.
+
+    Args:
+        task: model, data and the clients' state.
+        dataset: for its splits and classes.
+        splits: whose samples are whose.
+        settings: what is measured.
+
+    """
+
+    def __init__(self, task: Task, dataset: Dataset, splits: ClientSplits, settings: Evaluation) -> None:
+        self.task, self.splits, self.settings = task, splits, settings
+        self.num_classes = dataset.num_classes
+        self.server = {
+            name: self._put(positions) for name, positions in dataset.splits.items() if name != "train" and len(positions)
+        }
+        self.test = self._put(splits.test.indices)
+        labels = dataset.y.numpy()
+        counts = label_counts(labels, splits.train, dataset.num_classes)  # (K, C)
+        self.class_counts = torch.from_numpy(counts.sum(0)).to(task.device)  # (C,)
+        # A held-out client trains on nothing: its skew is that of what it is tested on.
+        own = counts + label_counts(labels, splits.test, dataset.num_classes) * (counts.sum(1, keepdims=True) == 0)
+        self.client_skew = torch.from_numpy(skew(own).client_tv)  # (K,)
+        self.held_out = torch.from_numpy(splits.held_out)
+        self.pool = self._put(
+            subsample(splits.train.indices, settings.decomposition_samples, task.seed)
+            if settings.decomposition_every
+            else np.zeros(0, dtype=np.int64)
+        )
+
+    def _put(self, positions: Int64) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(positions)).to(self.task.device)
+
+    @property
+    def personal(self) -> bool:
+        """Whether a client's model differs from the server's."""
+        return self.task.local.size > 0
+
+    def global_figures(self, weights: Tensor, buffers: Tensor) -> Figures:
+        """Evaluate the global model on the test and validation splits.
+
+        Where models have personal parameters there is no global model: each client's is evaluated on its own
+        test samples, and `accuracy` and `loss` are means over the samples of the clients that train.
+        """
+        if self.personal:
+            result, labels = self._personal(weights, buffers, self.splits.test, ~self.splits.held_out)
+            return self._figures(result, labels)
+        figures = {}
+        for name, positions in self.server.items():
+            result = predict(self.task, weights, positions, buffers=buffers)
+            mine = self._figures(result, self.task.y[positions]) if name == "test" else overall(result)
+            figures.update(mine if name == "test" else {f"{name}_{key}": value for key, value in mine.items()})
+        return figures
+
+    def _figures(self, result: Outputs, labels: Tensor) -> Figures:
+        figures = overall(result)
+        if self.settings.calibration:
+            figures["ece"] = expected_calibration_error(result, self.settings.calibration_bins)
+        if self.settings.per_class:
+            recall = per_class_recall(result, labels, self.num_classes)  # (C,)
+            figures["balanced_accuracy"] = balanced_accuracy(recall)
+            figures |= many_medium_few(recall, self.class_counts) | head_middle_tail(recall, self.class_counts)
+            figures |= {f"recall_{k}": value for k, value in enumerate(recall.unbind())}
+        return figures
+
+    def _personal(self, weights: Tensor, buffers: Tensor, data: Partition, who: np.ndarray[Any, Any]) -> Any:
+        """Evaluate each client's own model on its own samples, client by client."""
+        parts, labels = [], []
+        for client in np.flatnonzero(who & (data.sizes > 0)).tolist():
+            state = self.task.store.get(np.array([client]), self.task.device)
+            local = {name: state[LOCAL + name][0] for name in self.task.local.names}
+            positions = self._put(data.of(client))
+            parts.append(predict(self.task, weights, positions, buffers=buffers, local=local))
+            labels.append(self.task.y[positions])
+        return concatenate(parts), torch.cat(labels)
+
+    def client_figures(self, weights: Tensor, buffers: Tensor) -> ClientFigures | None:
+        """Evaluate on each client's own test samples; None where no client has any."""
+        data = self.splits.test
+        clients = np.flatnonzero(data.sizes > 0)
+        if not len(clients):
+            return None
+        if self.personal:
+            result, _ = self._personal(weights, buffers, data, data.sizes > 0)
+        else:
+            result = predict(self.task, weights, self.test, buffers=buffers)
+        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(data.sizes[clients])])).to(self.task.device)
+        mine = per_client(result, offsets)
+        accuracy, counts = mine["accuracy"].cpu(), mine["num_samples"].cpu()
+        out = self.held_out[clients]
+        figures: Figures = {}
+        for prefix, chosen in (("client", ~out), ("held_out", out)):
+            if bool(chosen.any()):
+                summary = fairness(accuracy[chosen], counts[chosen])
+                if prefix == "client":
+                    summary |= accuracy_by_skew_quartile(accuracy[chosen], self.client_skew[clients][chosen])
+                figures |= {f"{prefix}_{name}": value for name, value in summary.items()}
+        columns = {"test_accuracy": accuracy, "test_loss": mine["loss"].cpu(), "num_test_samples": counts}
+        return ClientFigures(figures, clients, columns)
+
+    def decomposition(self, weights: Tensor, buffers: Tensor, cohort: Cohort) -> Figures:
+        """Split the new model's global loss into local loss, distribution shift and aggregation."""
+        rows = cohort.rows
+        local, everywhere = [], []
+        for k, client in enumerate(cohort.clients.tolist()):
+            w = cohort.models[int(cohort.received[k])] + rows[k]  # (D,)
+            mine = self._put(self.splits.train.of(client))
+            local.append(predict(self.task, w, mine, buffers=buffers).loss.double().mean())
+            everywhere.append(predict(self.task, w, self.pool, buffers=buffers).loss.double().mean())
+        total = predict(self.task, weights, self.pool, buffers=buffers).loss.double().mean()
+        return decompose(torch.stack(local), torch.stack(everywhere), total, cohort.weights)
+
+    def train_losses(self, weights: Tensor, buffers: Tensor, clients: Int64) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Return the global model's mean loss (n,) on the training samples of clients (n,)."""
+        data = self.splits.train
+        positions = np.concatenate([data.of(int(k)) for k in clients])
+        result = predict(self.task, weights, self._put(positions), buffers=buffers)
+        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(data.sizes[clients])])).to(self.task.device)
+        losses: np.ndarray[Any, np.dtype[np.float64]] = per_client(result, offsets)["loss"].cpu().numpy()
+        return losses

@@ -1,0 +1,319 @@
+"""The rounds of a run: sample, train, aggregate, evaluate, record, checkpoint."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim import checkpoint
+from fedsim.backend import EngineBackend
+from fedsim.console import Observer
+from fedsim.contracts import Cohort, LinearRule, State
+from fedsim.engine.rounds import Trainer
+from fedsim.evaluation import ClientFigures, Evaluator
+from fedsim.experiment import Experiment
+from fedsim.flower.grid import SimulationGrid
+from fedsim.flower.state import capture, restore
+from fedsim.flower.strategy import RuleStrategy, aggregate
+from fedsim.local import Int64
+from fedsim.metrics.budget import Due
+from fedsim.metrics.communication import traffic
+from fedsim.metrics.drift import drift_of_rows, drift_of_sums
+from fedsim.metrics.records import ClientLog, RoundLog
+from fedsim.rng import generator
+from fedsim.samplers import Pool
+
+
+class AllUpdatesBad(RuntimeError):
+    """No client of a round sent a finite update."""
+
+
+class Loop:
+    """A run's state and what one round does to it.
+
+    Args:
+        experiment: what the run is made of.
+        folder: the run folder, held by the caller.
+        observer: who is told.
+
+    """
+
+    def __init__(self, experiment: Experiment, folder: Path, observer: Observer) -> None:
+        self.experiment, self.folder, self.observer = experiment, folder, observer
+        self.settings, self.task = experiment.settings, experiment.task
+        self.weights = experiment.initial.clone()  # (D,)
+        self.round = 0
+        self.best = {"value": math.nan, "since": 0.0}  # of early stopping
+        self.stopped: str | None = None
+        self.last_known: dict[str, Any] = {}
+        self.previous: Tensor | None = None  # the last aggregate (D,)
+        self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0, "record": 0.0}
+        self.evaluator = Evaluator(self.task, experiment.dataset, experiment.splits, experiment.evaluation)
+        self.strategy = self._strategy()
+        self.backend = self._backend()
+        self.grid = SimulationGrid(
+            experiment.foreign or self.backend,
+            seed=self.settings.seed,
+            on_client_error=self.settings.on_client_error,
+        )
+        self.rounds = RoundLog(folder / "rounds.jsonl")
+        self.times = RoundLog(folder / "timings.jsonl")
+        self.clients = ClientLog(folder)
+
+    def _strategy(self) -> Any:
+        strategy = self.experiment.strategy
+        if not callable(strategy):  # a Flower strategy: it has methods, and is none
+            return strategy
+        return RuleStrategy(strategy, num_clients=len(self.experiment.participants), seed=self.settings.seed)
+
+    def _backend(self) -> EngineBackend:
+        rule = self.experiment.strategy
+        streamed = self.experiment.plan["rows"] == "streamed"
+        return EngineBackend(
+            Trainer(self.experiment.engine, self.settings.on_bad_update),
+            buffers=self.experiment.initial_buffers,
+            average_buffers=self.settings.buffers == "average",
+            test=self.experiment.splits.test,
+            coefficients=(lambda cohort: rule.coefficients(cohort, self.strategy.state)) if streamed else None,
+            reduced_extras=rule.reduced_extras if isinstance(rule, LinearRule) else (),
+        )
+
+    def cohort_of(self, round: int) -> Int64:
+        """Draw the clients of a round: a function of (sampler seed, round) and what the sampler reads."""
+        experiment = self.experiment
+        clients = experiment.participants
+        pool = Pool(
+            clients,
+            self.task.partition.sizes[clients],
+            np.ones(len(clients)),
+            lambda ids: self.evaluator.train_losses(self.weights, self.backend.buffers, ids),
+        )
+        rng = generator(experiment.sampler_seed, "cohort", round)
+        chosen: Int64 = np.asarray(experiment.sampler(pool, experiment.cohort_size, rng, round), dtype=np.int64)
+        return chosen
+
+    def run(self) -> None:
+        """Go on until the last round or a stop; then the logs are whole."""
+        last = self.settings.num_rounds
+        self.observer.start(last, self.round)
+        every = self.experiment.plan["checkpoint_every"]
+        try:
+            while self.round < last and self.stopped is None:
+                self.step(self.round + 1)
+                if self.round % every == 0 or self.round == last or self.stopped:
+                    self.save()
+        finally:
+            self.rounds.close()
+            self.times.close()
+            self.experiment.engine.close()
+
+    def step(self, round: int) -> None:
+        """Do one round."""
+        started = time.perf_counter()
+        self.backend.cohort = None
+        self.grid.cohort = self.cohort_of(round)
+        train = self._train_seconds()
+        weights, metrics = aggregate(self.strategy, round, self.weights, self.grid)
+        weights = weights.to(self.task.device, self.task.dtype)
+        if not bool(torch.isfinite(weights).all()):
+            raise AllUpdatesBad(f"round {round}: the new model is not finite; the run keeps that of round {self.round}")
+        trained = time.perf_counter()
+        delta = weights - self.weights
+        self.weights, self.round = weights, round
+        due = self.experiment.evaluation.due(round, self.settings.num_rounds)
+        row, clients = self._measure(due, delta, metrics)
+        self.previous = delta
+        measured = time.perf_counter()
+        self._stop(row, due)
+        self._record(row, clients)
+        ended = time.perf_counter()
+        times = {
+            "train": self._train_seconds() - train, "evaluate": measured - trained, "record": ended - measured,
+        }  # fmt: skip
+        times["aggregate"] = trained - started - times["train"]
+        for name, seconds in times.items():
+            self.seconds[name] += seconds
+        self.times.append(round, {f"seconds_{name}": seconds for name, seconds in times.items()})
+        self.observer.round({**row, "round": round, "seconds": ended - started})
+
+    def _train_seconds(self) -> float:
+        return self.backend.trainer.seconds
+
+    def _measure(self, due: Due, delta: Tensor, metrics: Mapping[str, Any]) -> tuple[dict[str, Any], ClientFigures | None]:
+        evaluator, buffers = self.evaluator, self.backend.buffers
+        cohort = self.backend.cohort
+        row: dict[str, Any] = {}
+        known = {}
+        if due.server:
+            known |= evaluator.global_figures(self.weights, buffers)
+        clients = evaluator.client_figures(self.weights, buffers) if due.clients else None
+        if clients is not None:
+            known |= clients.figures
+        known = {name: float(value) for name, value in known.items()}
+        self.last_known |= known
+        row |= {"accuracy": self.last_known.get("accuracy"), "loss": self.last_known.get("loss"), "evaluated": due.server}
+        row |= known
+        if cohort is not None:
+            row |= self._cohort_figures(cohort, delta)
+            if due.decomposition:
+                row |= evaluator.decomposition(self.weights, buffers, cohort)
+        row |= {name: value for name, value in metrics.items() if not isinstance(value, Tensor) or value.dim() == 0}
+        return row, clients
+
+    def _cohort_figures(self, cohort: Cohort, delta: Tensor) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "num_participants": len(cohort),
+            "num_dropped": self.backend.trainer.dropped,
+            "lr": self.task.training.rate(self.round),
+        }
+        losses = cohort.extras.get("train_loss")
+        if losses is not None:
+            share = cohort.weights / cohort.weights.sum()
+            row["train_loss"] = (share.double() * losses.double()).sum()
+        row |= self._traffic(cohort)
+        if self.experiment.evaluation.drift and self.task.shared.size:
+            row |= self._drift(cohort)
+        return row
+
+    def _traffic(self, cohort: Cohort) -> dict[str, int]:
+        sent = self.strategy.rule.broadcast(self.strategy.state) if self._broadcasts else {}
+        buffers = self.task.buffers.size if self.settings.buffers == "average" else 0
+        return traffic(
+            cohort, sent, num_sent=len(self.grid.cohort), num_received=len(cohort) + self.backend.trainer.dropped,
+            buffers=buffers * self.task.dtype.itemsize,
+        )  # fmt: skip
+
+    def _drift(self, cohort: Cohort) -> dict[str, Any]:
+        if cohort.streamed is not None:
+            return drift_of_sums(cohort.streamed, self.previous)
+        return drift_of_rows(cohort, self.previous, cosines=self.experiment.evaluation.cosines)
+
+    @property
+    def _broadcasts(self) -> bool:
+        return isinstance(self.strategy, RuleStrategy) and hasattr(self.strategy.rule, "broadcast")
+
+    def _record(self, row: Mapping[str, Any], evaluated: ClientFigures | None) -> None:
+        columns = {name: value for name, value in row.items() if not isinstance(value, Tensor) or value.dim() == 0}
+        self.rounds.append(self.round, columns)
+        cohort = self.backend.cohort
+        if cohort is None or not self.experiment.evaluation.per_client:
+            return
+        mine: dict[str, Any] = {"num_samples": cohort.weights, "num_steps": cohort.num_steps}
+        mine |= {name: value for name, value in cohort.extras.items() if value.dim() == 1}
+        mine |= {n: v for n, v in row.items() if isinstance(v, Tensor) and v.dim() == 1 and len(v) == len(cohort)}
+        ids = cohort.clients.cpu().numpy()
+        if evaluated is None:
+            self.clients.append(self.round, ids, mine)
+            return
+        everyone = np.union1d(ids, evaluated.clients)
+        table = _scatter(everyone, ids, mine) | _scatter(everyone, evaluated.clients, evaluated.columns)
+        self.clients.append(self.round, everyone, table)
+
+    def _stop(self, row: Mapping[str, Any], due: Due) -> None:
+        """Decide from the validation split alone whether to go on."""
+        settings = self.settings
+        accuracy, loss = row.get("validation_accuracy"), row.get("validation_loss")
+        if not due.server or accuracy is None or loss is None:
+            return
+        if settings.target_accuracy is not None and accuracy >= settings.target_accuracy:
+            self.stopped = f"validation accuracy {accuracy:.4f} reached {settings.target_accuracy}"
+        early = settings.early_stopping
+        if early.patience is None:
+            return
+        value = -accuracy if early.metric == "accuracy" else loss
+        if math.isnan(self.best["value"]) or value < self.best["value"] - early.min_delta:
+            self.best = {"value": value, "since": 0.0}
+            return
+        self.best["since"] += 1
+        if self.best["since"] >= early.patience:
+            self.stopped = f"no better validation {early.metric} in {early.patience} evaluations"
+
+    def state(self) -> State:
+        """Return everything that the next round depends on."""
+        touched, kept = self.task.store.rows()
+        rule = self.strategy.state if isinstance(self.strategy, RuleStrategy) else capture(self.strategy)
+        return {
+            "weights": self.weights,
+            "buffers": self.backend.buffers,
+            "strategy": rule if rule is not None else {},
+            "clients": {"touched": touched, "rows": kept},
+            "foreign": self.experiment.foreign.capture() if self.experiment.foreign else {},
+            "best": self.best,
+            "stopped": self.stopped,
+            "last_known": self.last_known,
+            "previous": self.previous,
+            "seconds": self.seconds,
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint of the rounds done."""
+        self.clients.flush()
+        checkpoint.save(self.folder / "checkpoints", self.round, self.state(), keep=self.settings.checkpoint.keep)
+
+    def load(self) -> None:
+        """Go back to the newest checkpoint, or to the start where there is none yet."""
+        checkpoints = self.folder / "checkpoints"
+        if checkpoint.rounds(checkpoints):
+            self.round, state = checkpoint.load(checkpoints)
+            device = self.task.device
+            self.weights = state["weights"].to(device)
+            self.backend.buffers = state["buffers"].to(device)
+            if isinstance(self.strategy, RuleStrategy):
+                self.strategy.state = _to(state["strategy"], device)
+            else:
+                restore(self.strategy, state["strategy"])
+            if state["foreign"]:
+                self.experiment.foreign.restore(state["foreign"])
+            self.task.store.put(state["clients"]["touched"], state["clients"]["rows"])
+            self.best, self.last_known = state["best"], state["last_known"]
+            self.previous = None if state["previous"] is None else state["previous"].to(device)
+            self.seconds = state["seconds"]
+        self.rounds.truncate_to(self.round)
+        self.times.truncate_to(self.round)
+        self.clients.truncate_to(self.round)
+
+
+def _scatter(everyone: Int64, ids: Int64, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Spread columns over a longer list of clients, NaN where a client has no value."""
+    where = np.searchsorted(everyone, ids)
+    table = {}
+    for name, values in columns.items():
+        column = np.full(len(everyone), np.nan)
+        column[where] = torch.as_tensor(values).double().cpu().numpy()
+        table[name] = column
+    return table
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _to(item, device) for name, item in value.items()}
+    return value
+
+
+@dataclass(frozen=True)
+class CheckpointCost:
+    """How often to store the state: every round where its cost is a twentieth of the round's or less.
+
+    Counted, not timed, so that the same config stores in the same rounds on every machine: 100 µs a local step,
+    2·10¹⁰ operations a second, 0.5 ms and 1 ns a byte a checkpoint.
+    """
+
+    steps: float  # local steps a round
+    samples: float  # samples passed forward and backward a round
+    parameters: int
+    bytes: int  # of a checkpoint
+
+    def every(self) -> int:
+        """Return the rounds between checkpoints, ≥ 1."""
+        work = self.steps * 1e-4 + 6 * self.parameters * self.samples / 2e10
+        return max(1, math.ceil((5e-4 + self.bytes * 1e-9) / (0.05 * work)))

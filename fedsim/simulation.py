@@ -1,0 +1,289 @@
+"""Runs: from a config, from objects, or from the folder of a run that was cut off."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fedsim.build import build, data
+from fedsim.config import Config, compose, to_yaml
+from fedsim.console import Observer, Silent
+from fedsim.data.splits import save_partition
+from fedsim.engine.rounds import BadUpdate
+from fedsim.errors import UserError
+from fedsim.experiment import Experiment
+from fedsim.files import atomic
+from fedsim.flower.replies import ClientError
+from fedsim.folder import locked
+from fedsim.loop import AllUpdatesBad, Loop
+from fedsim.metrics.records import RoundLog, write_json
+from fedsim.metrics.skew import label_counts, skew
+from fedsim.partition.picture import draw
+from fedsim.saved import amend, claim_run_dir, load
+
+GROUPS = ("data", "partition", "model", "client", "training", "strategy", "sampler", "metrics")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run leaves; all of it stands in its folder too."""
+
+    folder: Path
+    summary: Mapping[str, Any]
+    model: nn.Module = field(repr=False)  # with the final weights, on the run's device, in eval mode
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """The rows of rounds.jsonl."""
+        return RoundLog.read(self.folder / "rounds.jsonl")
+
+
+def simulate(*overrides: str, observer: Observer | None = None, **settings: Any) -> Result:
+    """Run an experiment from Python.
+
+    >>> result = simulate("strategy=fedld", num_rounds=2)  # doctest: +SKIP
+    >>> result.summary["accuracy"]  # doctest: +SKIP
+    0.31
+
+    Args:
+        overrides: as on the command line, e.g. "strategy=fedld", "partition.alpha=0.1".
+        observer: who is told of the rounds; None: nobody.
+        settings: shared scalars by name (num_rounds=10, seed=1, …), the choice of a group as text, or an object in
+            its place: data=a `Dataset` or a function that returns one, model=an `nn.Module` or a function,
+            client=an objective, training=a `LocalTraining`, strategy=a rule or a Flower strategy, partition, sampler;
+            `folder` is the run folder.
+
+    Returns:
+        The result.
+
+    Raises:
+        UserError: anything that cannot be run.
+
+    """
+    parts = {name: value for name, value in settings.items() if name in GROUPS and not isinstance(value, str)}
+    given = list(overrides)
+    for name, value in settings.items():
+        if name in parts:
+            continue
+        key = "hydra.run.dir" if name == "folder" else name
+        given.append(f"{key}={_override(value)}")
+    return run(compose(given), observer or Silent(), parts)
+
+
+def _override(value: Any) -> str:
+    if isinstance(value, str | Path):
+        return json.dumps(str(value)) if set(str(value)) & set(" ,:{}[]()'\"=#$\\") else str(value)
+    return json.dumps(value)
+
+
+def run(config: Config, observer: Observer, parts: Mapping[str, Any] | None = None) -> Result:
+    """Run a composed config in its run folder, which must not hold a run already."""
+    folder = Path(config.hydra.run.dir)
+    if (folder / "plan.json").exists():
+        raise UserError(f"{folder} holds a run already; go on with `fedsim run resume={folder}` or choose another")
+    started = time.perf_counter()
+    experiment = build(config, parts)
+    folder = claim_run_dir(config)
+    with _storage(folder), locked(folder):
+        _describe(experiment, config, folder, parts or {})
+        return _drive(experiment, folder, observer, started)
+
+
+def resume(folder: Path, overrides: Sequence[str], observer: Observer) -> Result:
+    """Go on with a run in its folder, from its newest checkpoint, with its config.
+
+    Args:
+        folder: a run folder.
+        overrides: `num_rounds`, `engine.workers` and `tracker` may change; anything else must be as it was.
+        observer: who is told.
+
+    Raises:
+        UserError: no such run, a checkpoint that cannot be read, or overrides that would make it another run.
+
+    """
+    folder = Path(folder)
+    config = amend(load(folder), overrides)
+    parts = config.hydra.get("parts")
+    if parts:
+        raise UserError(
+            f"resume={folder}: the run was started from Python with objects for {', '.join(parts)}; "
+            "call fedsim.simulate again"
+        )
+    try:
+        old = json.loads((folder / "plan.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"resume={folder}: its plan.json cannot be read: {error}") from error
+    started = time.perf_counter()
+    experiment = build(config)
+    with _storage(folder), locked(folder):
+        _keep_plan(experiment, old, observer)
+        _write_config(config, folder)
+        return _drive(experiment, folder, observer, started, resumed=True)
+
+
+def _write_config(config: Config, folder: Path) -> None:
+    with atomic(folder / "config.yaml") as file:
+        file.write(to_yaml(config, provenance=True).encode())
+
+
+def _differences(a: Any, b: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Return (dotted key, value in a, value in b) of what differs."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [d for n in sorted({*a, *b}) for d in _differences(a.get(n), b.get(n), f"{prefix}.{n}".lstrip("."))]
+    return [] if a == b else [(prefix, a, b)]
+
+
+def _keep_plan(experiment: Experiment, old: dict[str, Any], observer: Observer) -> None:
+    """Say what a resumed run cannot keep of its plan: then bits may differ."""
+    new = json.loads(json.dumps(dict(experiment.plan)))
+    for name in ("checkpoint_every", "evaluate_every", "evaluate_clients_every"):
+        old.pop(name, None)
+        new.pop(name, None)
+    for key, before, now in _differences(old, new):
+        observer.warn(f"the plan's {key} was {before} and is {now}: results may differ in the last bits")
+
+
+def _describe(experiment: Experiment, config: Config, folder: Path, parts: Mapping[str, Any]) -> None:
+    """Write what the run is, before it starts."""
+    if parts:
+        config.hydra.parts = sorted(parts)
+    _write_config(config, folder)
+    write_json(folder / "plan.json", experiment.plan)
+    save_partition(folder / "partition.npz", experiment.splits.train, experiment.splits)
+
+
+@contextlib.contextmanager
+def _storage(folder: Path) -> Any:
+    """Turn the two ways in which a folder cannot be written into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RuntimeError(
+                f"no space left on the device of {folder}; the rounds up to the last checkpoint are kept: make room, "
+                f"then `fedsim run resume={folder}`"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST) and error.filename:
+            raise UserError(f"hydra.run.dir={folder} cannot be written: {error.strerror} ({error.filename})") from error
+        raise
+
+
+def _drive(experiment: Experiment, folder: Path, observer: Observer, started: float, *, resumed: bool = False) -> Result:
+    """Run the rounds and write the results; what was finished is kept whatever happens."""
+    loop = Loop(experiment, folder, observer)
+    if resumed:
+        loop.load()
+        if loop.round >= experiment.settings.num_rounds:
+            observer.note(f"the run has its {loop.round} rounds already")
+    observer.plan(_plan_line(experiment.plan))
+    before = sum(loop.seconds.values())
+    setup = time.perf_counter() - started
+    try:
+        loop.run()
+    except (AllUpdatesBad, BadUpdate, ClientError) as error:
+        _write_model(experiment, loop, folder)
+        raise RuntimeError(f"{error} ({folder})") from error
+    _write_model(experiment, loop, folder)
+    loop.clients.merge()
+    summary = _summary(experiment, loop, setup=setup, rounds=sum(loop.seconds.values()) - before)
+    draw_partition(experiment, folder)
+    write_json(folder / "summary.json", summary)
+    observer.finish({name: value for name, value in summary.items() if name in _SHOWN} | {"folder": str(folder)})
+    return Result(folder=folder, summary=summary, model=experiment.task.module.eval())
+
+
+_SHOWN = ("accuracy", "loss", "validation_accuracy", "client_accuracy_mean", "client_accuracy_worst",
+          "held_out_accuracy_mean", "num_rounds", "stopped", "bytes_up", "bytes_down", "seconds")  # fmt: skip
+
+
+def _plan_line(plan: Mapping[str, Any]) -> str:
+    return (
+        f"engine {plan['engine']} on {plan['device']} ({plan['dtype']}, {plan['threads']} threads), "
+        f"{plan['parameters']:,} parameters, {plan['cohort']} of {plan['clients']} clients a round, "
+        f"updates {plan['rows']}, evaluation every {plan['evaluate_every']} "
+        f"(clients every {plan['evaluate_clients_every']}), checkpoint every {plan['checkpoint_every']}"
+    )
+
+
+def _write_model(experiment: Experiment, loop: Loop, folder: Path) -> None:
+    """Write the last good global model, and leave its weights in the module."""
+    task = experiment.task
+    own = dict(task.module.named_parameters())
+    buffers = dict(task.module.named_buffers())
+    with torch.no_grad():
+        for name, value in task.shared.split(loop.weights).items():
+            own[name].copy_(value)
+        for name, value in task.buffers.split(loop.backend.buffers).items():
+            buffers[name].copy_(value)
+    tensors: dict[str, Tensor] = {}
+    for name, value in task.module.state_dict().items():
+        if name not in task.local.names:
+            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+    partial = folder / ".model.tmp"
+    save_file(tensors, partial)
+    partial.replace(folder / "model.safetensors")
+
+
+def _summary(experiment: Experiment, loop: Loop, *, setup: float, rounds: float) -> dict[str, Any]:
+    rows = RoundLog.read(loop.folder / "rounds.jsonl")
+    evaluated = [row for row in rows if row.get("evaluated")]
+    best = max(evaluated, key=lambda row: row.get("validation_accuracy") or -1.0, default={})
+    return {
+        "status": "stopped" if loop.stopped else "done",
+        "stopped": loop.stopped,
+        "num_rounds": loop.round,
+        "seed": experiment.settings.seed,
+        "choices": experiment.config["hydra"]["runtime"]["choices"],
+        **{name: value for name, value in loop.last_known.items() if not name.startswith("recall_")},
+        "best_validation": {name: best.get(name) for name in ("round", "validation_accuracy", "accuracy", "loss")},
+        "bytes_up": sum(row.get("bytes_up") or 0 for row in rows),
+        "bytes_down": sum(row.get("bytes_down") or 0 for row in rows),
+        "num_dropped": sum(row.get("num_dropped") or 0 for row in rows),
+        "seconds": {"setup": setup, **loop.seconds, "total": setup + rounds},
+        "plan": experiment.plan,
+    }
+
+
+def draw_partition(experiment: Experiment, folder: Path) -> None:
+    """Draw whose training samples are of which class."""
+    _draw(experiment.dataset, experiment.splits, folder)
+
+
+def _draw(dataset: Any, splits: Any, folder: Path) -> None:
+    counts = label_counts(dataset.y.numpy(), splits.train, dataset.num_classes)
+    counts = counts + label_counts(dataset.y.numpy(), splits.validation, dataset.num_classes)
+    counts = counts + label_counts(dataset.y.numpy(), splits.test, dataset.num_classes)
+    draw(
+        counts, folder / "partition.png", class_names=dataset.class_names, client_names=dataset.client_names,
+    )  # fmt: skip
+
+
+def partition(config: Config, observer: Observer) -> Path:
+    """Draw a partition, measure and picture it without training; return the run folder."""
+    dataset, splits = data(config)
+    folder = claim_run_dir(config)
+    with _storage(folder), locked(folder):
+        _write_config(config, folder)
+        save_partition(folder / "partition.npz", splits.train, splits)
+        counts = sum(
+            label_counts(dataset.y.numpy(), part, dataset.num_classes)
+            for part in (splits.train, splits.validation, splits.test)
+        )
+        figures = skew(np.asarray(counts))
+        _draw(dataset, splits, folder)
+        write_json(folder / "summary.json", {"status": "done", **{name: value for name, value, _ in figures.rows()}})
+    observer.skew(figures.rows())
+    observer.note(f"{folder}/partition.png")
+    return folder
+
