@@ -68,17 +68,8 @@ class FlatRecord(ArrayRecord):
 
     def __init__(self, flat: Tensor, layout: Layout) -> None:
         super().__init__()
-        self._fill(layout, flat.dtype, lambda columns: to_numpy(flat[columns]))
-        self.__dict__["_flat"] = flat
-
-    def _fill(self, layout: Layout, dtype: torch.dtype, read: Callable[[slice], NDArray]) -> None:
-        self.__dict__["_layout"] = layout
-
-        def reader(columns: slice, shape: tuple[int, ...]) -> Callable[[], NDArray]:
-            return lambda: read(columns).reshape(shape)
-
-        for (name, columns), shape in zip(layout.slices.items(), layout.shapes, strict=True):
-            self[name] = LazyArray(str(dtype).removeprefix("torch."), shape, reader(columns, shape))
+        _fill(self, layout, flat.dtype, lambda columns: to_numpy(flat[columns]))
+        self.__dict__.update(_layout=layout, _flat=flat)
 
     @property
     def layout(self) -> Layout:
@@ -105,12 +96,20 @@ class FlatRecord(ArrayRecord):
         super().__delitem__(key)
 
 
-class RowRecord(FlatRecord):
-    """What one client sends: the weights it started from plus its row of the updates, added when they are read."""
+def row_record(start: Tensor, update: Tensor, layout: Layout) -> ArrayRecord:
+    """Return what one client sends: start (D,) plus its update (D,), added when they are read."""
+    # Not a FlatRecord: Flower warns when a strategy replaces a record by one of another class.
+    record = ArrayRecord()
+    _fill(record, layout, update.dtype, lambda columns: to_numpy(start[columns] + update[columns]))
+    return record
 
-    def __init__(self, start: Tensor, update: Tensor, layout: Layout) -> None:
-        ArrayRecord.__init__(self)
-        self._fill(layout, update.dtype, lambda columns: to_numpy(start[columns] + update[columns]))
+
+def _fill(record: ArrayRecord, layout: Layout, dtype: torch.dtype, read: Callable[[slice], NDArray]) -> None:
+    def reader(columns: slice, shape: tuple[int, ...]) -> Callable[[], NDArray]:
+        return lambda: read(columns).reshape(shape)
+
+    for (name, columns), shape in zip(layout.slices.items(), layout.shapes, strict=True):
+        record[name] = LazyArray(str(dtype).removeprefix("torch."), shape, reader(columns, shape))
 
 
 def to_numpy(tensor: Tensor) -> NDArray:
@@ -222,7 +221,7 @@ class CohortReplies(Sequence[Message]):
         k = range(len(self))[index]
         if k not in self._built:
             start = self.start if self.start.dim() == 1 else self.start[k]  # (D,)
-            arrays = RowRecord(start, self.cohort.rows[k], self.cohort.layout)
+            arrays = row_record(start, self.cohort.rows[k], self.cohort.layout)
             metrics = MetricRecord({name: values[k] for name, values in self.metrics.items()})
             self._built[k] = Message(RecordDict({ARRAYS: arrays, METRICS: metrics}), reply_to=self.request(k))
         return self._built[k]

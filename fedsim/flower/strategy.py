@@ -28,7 +28,7 @@ from fedsim.flower.records import (
     layout_of,
 )
 from fedsim.flower.replies import OnClientError, checked, only, read_replies
-from fedsim.flower.runtime import logged_warnings, seeded
+from fedsim.flower.runtime import logged_warnings, no_forced_collection, seeded
 from fedsim.rng import generator
 
 
@@ -178,7 +178,7 @@ def aggregate(strategy: Strategy, round: int, w: Tensor, grid: SimulationGrid) -
     with seeded(grid.seed, "flower", round, 0):
         requests = strategy.configure_train(round, sent, ConfigRecord(), grid)
     replies = grid.send_and_receive(requests)
-    with seeded(grid.seed, "flower", round, 1), logged_warnings() as warnings:
+    with seeded(grid.seed, "flower", round, 1), no_forced_collection(), logged_warnings() as warnings:
         arrays, metrics = strategy.aggregate_train(round, replies)
     if not arrays:
         why = f": {warnings[-1]}" if warnings else ""
