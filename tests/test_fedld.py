@@ -163,6 +163,19 @@ def test_bugs_of_the_released_code_are_opt_in():
     assert np.isfinite(apply_rule(FedLD(preset="reference", guards=True), zero)).all()
 
 
+def test_a_one_element_tensor_takes_the_mean_in_the_released_code_too():
+    rows = np.array([[3.0, 0.0], [0.0, 0.0], [1.0, 0.0]])  # a client at 0 would be orthogonal, a column of zeros 0/0
+    got = apply_rule(FedLD(preset="reference"), rows, sizes=(1, 1))
+    np.testing.assert_allclose(got, rows.mean(0), rtol=1e-15)
+
+
+def test_tol_drops_directions_far_below_the_first():
+    # s = 9, 1: the second is 1/9 of the first
+    rows = [[3.0, 0.0], [0.0, 1.0]]
+    np.testing.assert_allclose(apply_rule(FedLD(k_proportion=1.0, tol=0.1), rows), [1.35, 0.05], atol=1e-12)
+    np.testing.assert_allclose(apply_rule(FedLD(k_proportion=1.0, tol=0.12), rows), [1.35, 0.0], atol=1e-12)
+
+
 def test_presets_are_resolved_when_built():
     assert (FedLD().min_components, FedLD().guards) == (1, True)
     reference = FedLD(preset="reference", guards=True)
