@@ -11,13 +11,13 @@ import numpy.typing as npt
 import torch
 from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 from torch import Tensor
 
 from fedsim.contracts import Cohort, row_square_norms
 from fedsim.flower import runtime
 from fedsim.flower.records import METRICS, SERVER_ROUND, CohortReplies, TrainMessages, flatten
 from fedsim.flower.replies import OnClientError, checked, config_of, only
+from fedsim.flower.runtime import Run
 from fedsim.layout import Layout
 
 Clients = npt.NDArray[np.int64]

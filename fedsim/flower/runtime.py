@@ -21,7 +21,7 @@ from flwr.app.message.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM, KEY_NORM_BIT
 from flwr.supercore.logger import LOGGER_NAME
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run as Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsim.rng import keyed_bits
@@ -96,8 +96,8 @@ def no_forced_collection() -> Iterator[None]:
 
     Reference counts free those arrays without it.
     """
-    arrayrecord.gc = SimpleNamespace(collect=lambda: 0)  # type: ignore[assignment]
+    vars(arrayrecord)["gc"] = SimpleNamespace(collect=lambda: 0)
     try:
         yield
     finally:
-        arrayrecord.gc = gc
+        vars(arrayrecord)["gc"] = gc
