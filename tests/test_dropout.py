@@ -28,6 +28,22 @@ def test_mask_is_the_stated_function_of_key_call_and_position():
     assert torch.equal(apply(KeyedDropout(0.25), x, 5), expected)
 
 
+def lowbias32(x):
+    """The hash in Python's integers: constants 7feb352d and 846ca68b, shifts 16, 15, 16, all modulo 2^32."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D % 2**32
+    x ^= x >> 15
+    x = x * 0x846CA68B % 2**32
+    return x ^ x >> 16
+
+
+@pytest.mark.parametrize("value", [0, 5, 2**31 - 1, 2**31, 2**32 - 1, 2**40 + 3])
+def test_uniforms_are_the_stated_hash_in_any_precision(value):
+    expected = [(lowbias32(lowbias32(i) ^ value % 2**32) >> 8) / 2**24 for i in range(600)]
+    for dtype in (torch.float32, torch.float64):
+        assert uniform_like(torch.empty(20, 30, dtype=dtype), key(value)).flatten().tolist() == expected
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_units_are_dropped_at_rate_p_and_the_mean_is_kept(p):
     y = apply(KeyedDropout(p), torch.ones(400, 1000, dtype=torch.float64), 11)
@@ -101,7 +117,7 @@ def test_a_model_trains_alike_alone_and_batched():
 
 
 def test_mask_does_not_depend_on_the_dtype():
-    x = torch.ones(8, 64)
+    x = torch.ones(8, 20_000)  # enough that some uniforms lie where bfloat16 would round across p
     masks = [apply(KeyedDropout(0.3), x.to(dtype), 2) != 0 for dtype in (torch.float64, torch.float32, torch.bfloat16)]
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(masks[0], masks[2])
