@@ -9,7 +9,7 @@ cohort:
           +  F(w) − \sum p_k F(w_k)                   aggregation: what merging them loses (negative: gains)
 
 It telescopes, so it holds for any estimates of the F(·) and F_k(·); with one `subsample` for all F(·) their sampling
-noise is common to the terms and cancels in `aggregation`.
+noise is shared by the terms and largely cancels in `aggregation`.
 """
 
 from __future__ import annotations
