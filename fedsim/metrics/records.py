@@ -41,7 +41,7 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    raise TypeError(f"a record holds numbers, strings, lists and mappings, got a {type(value).__name__}: {value!r}")
+    raise TypeError(f"a record holds numbers, strings, lists and mappings, got {type(value).__name__}: {value!r}")
 
 
 def write_json(path: str | Path, value: Any) -> None:
