@@ -160,7 +160,16 @@ def _diagnose(given: Sequence[Given], known: Mapping[str, Any], config_dir: Path
         if message:
             return message
     suspects = [item.text for item in given if "${" in item.text or isinstance(item.parsed.value(), dict)]
-    return f"{' '.join(suspects)}: {_one_line(error)}" if suspects else _one_line(error)
+    where = " ".join(suspects) or next((key for key in tree if key != "hydra" and not _resolves(config, key)), None)
+    return f"{where}: {_one_line(error)}" if where else _one_line(error)
+
+
+def _resolves(config: Config, key: str) -> bool:
+    try:
+        plain(config[key])
+    except OmegaConfBaseException:
+        return False
+    return True
 
 
 def _one_line(error: Exception) -> str:
@@ -175,7 +184,9 @@ def _check_names(config: Config, groups: Iterable[str]) -> None:
             raise UserError(misfit.no_setting([], str(name), dict.fromkeys(known), {}))
     for group, choice in catalogue.defaults().items():
         if not isinstance(config.get(group), Config):
-            raise UserError(f"{group} is missing; choose one, for example {group}={choice}")
+            chosen = config.hydra.runtime.choices.get(group)
+            hint = f"choose one, for example {group}={choice}" if chosen is None else f"{chosen}.yaml holds no settings"
+            raise UserError(f"{group} is missing; {hint}")
     run_dir = config.hydra.run.dir
     if not isinstance(run_dir, str) or not run_dir:
         raise UserError(f"hydra.run.dir must be a path, got {run_dir!r}")
@@ -202,9 +213,8 @@ def settings(config: Config) -> Run:
     tree = {name: plain(config[name]) for name in Run.__dataclass_fields__ if name in config}
     for name, kind in (("early_stopping", EarlyStopping), ("checkpoint", Checkpoint)):
         if not isinstance(tree.get(name), dict):
-            raise UserError(
-                f"{name} must be a group of settings, like {name}.{next(iter(kind.__dataclass_fields__))}=1"
-            )
+            inner = ", ".join(f"{name}.{field}" for field in kind.__dataclass_fields__)
+            raise UserError(f"{name} is a group of settings: {inner}")
         tree[name] = construct(kind, tree[name], name)
     return cast(Run, construct(Run, tree))
 

@@ -93,7 +93,7 @@ class Plain(Observer):
         parts = [f"round {number:>{width}}/{self._total}", *_scores(row)]
         if self._done < number < self._total:
             left = (now - self._began) / (number - self._done) * (self._total - number)
-            parts.append(f"{duration(left)} left")
+            parts.append(f"{duration(max(1.0, left))} left")
         self._write("  ".join(parts))
 
     def note(self, line: str) -> None:
@@ -155,7 +155,7 @@ class Live(Observer):
 
     def plan(self, line: str) -> None:
         """Print the plan, dimmed."""
-        self._console.print(f"plan: {line}", style="dim", markup=False)
+        self._console.print(f"plan: {line}", style="dim", markup=False, emoji=False)
 
     def start(self, total: int, done: int) -> None:
         """Draw the bar."""
@@ -186,11 +186,11 @@ class Live(Observer):
 
     def note(self, line: str) -> None:
         """Print a note above the bar."""
-        self._console.print(f"note: {line}", style="cyan", markup=False)
+        self._console.print(f"note: {line}", style="cyan", markup=False, emoji=False)
 
     def warn(self, line: str) -> None:
         """Print a warning above the bar."""
-        self._console.print(f"warning: {line}", style="bold yellow", markup=False)
+        self._console.print(f"warning: {line}", style="bold yellow", markup=False, emoji=False)
 
     def skew(self, rows: Iterable[Sequence[Any]]) -> None:
         """Print the figures of a partition as a table."""
@@ -227,7 +227,9 @@ def discard(stream: TextIO) -> None:
 
 
 def _scores(row: Row) -> list[str]:
-    return [f"{name} {show(name, row[name])}" for name in ("accuracy", "loss") if row.get(name) is not None]
+    """Return accuracy and loss, where they are known, in a width that does not jump."""
+    known = [(name, row[name]) for name in ("accuracy", "loss") if row.get(name) is not None]
+    return [f"{name} {f'{value:.4f}' if name == 'loss' else show(name, value)}" for name, value in known]
 
 
 def flat(summary: Row, prefix: str = "") -> list[tuple[str, Any]]:
