@@ -41,6 +41,8 @@ def locate(path: object, key: str) -> Any:
     for end, name in enumerate(parts[1:], start=2):
         if not hasattr(found, name) and isinstance(found, types.ModuleType):
             _import(".".join(parts[:end]), path, key, parent=found)
+        if not hasattr(found, name):
+            raise UserError(f"{key}={path} does not exist: {'.'.join(parts[: end - 1])} has no {name!r}")
         found = getattr(found, name)
     if not callable(found):
         raise UserError(f"{key}={path} is a {type(found).__name__}, not a class or function")
