@@ -27,6 +27,18 @@ class ClientSplits(NamedTuple):
     test: Partition
     held_out: Bool  # (K,) clients that never train: no train and no validation part, all they have is test
 
+    def at(self, positions: Int) -> ClientSplits:
+        """Return the same splits with index i replaced by positions[i]: from training samples to the data set's."""
+        train, validation, test = (p._replace(indices=positions[p.indices]) for p in self[:3])
+        return ClientSplits(train, validation, test, self.held_out)
+
+    def join(self, *names: str) -> Partition:
+        """Return each client's samples of several parts, e.g. what a partitioner's `corrupts` names."""
+        parts = [getattr(self, name) for name in names]
+        client = np.concatenate([np.repeat(np.arange(p.num_clients), p.sizes) for p in parts])  # (M,)
+        indices = np.concatenate([p.indices for p in parts])  # (M,)
+        return Partition(indices[np.argsort(client, kind="stable")], np.sum([p.offsets for p in parts], axis=0))
+
 
 def validation_split(dataset: Dataset, fraction: float, seed: int) -> Dataset:
     """Move a part of the split "train", with its class proportions, to the split "validation".
@@ -166,7 +178,7 @@ def _largest_remainder_within(totals: Int, weights: Int, owner: Int) -> Int:
     quotas = totals[owner] * weights / np.maximum(sums, 1)[owner]  # (R,)
     shares: Int = np.floor(quotas).astype(np.int64)  # (R,)
     missing = totals - np.bincount(owner, shares, minlength=len(totals)).astype(np.int64)  # (K,)
-    by_fraction = np.lexsort((shares - quotas, owner))  # (R,) within the owner, largest fraction first
+    by_fraction = np.lexsort((np.round(shares - quotas, 9), owner))  # (R,) within the owner, largest fraction first
     runs = np.bincount(owner, minlength=len(totals))  # (K,)
     rank = np.arange(len(owner)) - np.repeat(np.cumsum(runs) - runs, runs)  # (R,)
     shares[by_fraction] += rank < missing[owner]

@@ -13,7 +13,8 @@ Hsu et al. write Dir(α p) with p a probability vector, a C times smaller concen
 Dir(α 1): `alpha_scale="total"` is theirs.
 
 Departs from the references: shares are rounded by largest remainders, not by `int(cumsum)`, which favours late
-clients; too small clients are mended by `repair`, not by drawing again until it fits.
+clients; too small clients are mended by `repair`, not by drawing again until it fits. With `per_client` all clients'
+first choices come before anybody's second, so that they stay a little nearer to q_k than if drawn one by one.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Dirichlet:
         """Draw all clients' samples together, again and again until every client is full.
 
         A pass that asks for more of a class than there is deals what there is to a random subset of the askers and
-        exhausts the class; those left out draw again without it, as in drawing one by one. So C passes are enough.
+        exhausts the class; those left out draw again without it. So C passes are enough.
         """
         num_clients, num_classes = self.num_clients, len(totals)
         present = np.flatnonzero(totals)  # (C',)

@@ -45,7 +45,8 @@ def largest_remainder(totals: Any, weights: Any) -> Int:
     missing = totals - counts.sum(axis=1)  # (R,)
     if not missing.any():
         return counts
-    fractions = np.where(weights > 0, quotas - counts, -1.0)  # (R, M)
+    # Rounded, so that 3⅓ and 6⅓ tie as they do in exact arithmetic, whatever their last bits.
+    fractions = np.where(weights > 0, np.round(quotas - counts, 9), -1.0)  # (R, M)
     order = np.argsort(-fractions, axis=1, kind="stable")  # (R, M)
     extra = np.arange(weights.shape[1]) < missing[:, None]  # (R, M), in order of fraction
     np.put_along_axis(counts, order, np.take_along_axis(counts, order, axis=1) + extra, axis=1)
