@@ -29,15 +29,16 @@ class GRU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the states of all steps, (B, T, H), from x (B, T, E); the state before the first is 0."""
-        inputs = self.input(x)  # (B, T, 3H)
-        h = torch.zeros_like(inputs[:, 0, : self.hidden.in_features])  # (B, H)
+        size = self.hidden.in_features
+        i_rz, i_n = self.input(x).split((2 * size, size), dim=-1)  # (B, T, 2H), (B, T, H)
+        h = torch.zeros_like(i_n[:, 0])  # (B, H)
         states = []
-        for step in range(x.shape[1]):
-            i_r, i_z, i_n = inputs[:, step].chunk(3, dim=-1)  # (B, H) each
-            h_r, h_z, h_n = self.hidden(h).chunk(3, dim=-1)  # (B, H) each
-            z = torch.sigmoid(i_z + h_z)  # (B, H)
-            n = torch.tanh(i_n + torch.sigmoid(i_r + h_r) * h_n)  # (B, H)
-            h = n + z * (h - n)  # (B, H)
+        # Unbound once: the gradient of a slice is as large as the sequence, and T slices would cost O(T²).
+        for rz_t, n_t in zip(i_rz.unbind(1), i_n.unbind(1), strict=True):
+            h_rz, h_n = self.hidden(h).split((2 * size, size), dim=-1)  # (B, 2H), (B, H)
+            r, z = torch.sigmoid(rz_t + h_rz).chunk(2, dim=-1)  # (B, H) each
+            n = torch.tanh(torch.addcmul(n_t, r, h_n))  # (B, H)
+            h = torch.lerp(n, h, z)  # (B, H)
             states.append(h)
         return torch.stack(states, dim=1)  # (B, T, H)
 

@@ -1,6 +1,6 @@
-r"""The form that all built-in models share: a body that gives features and a linear head that gives logits.
+"""The form that all built-in models share: a body that gives features and a linear head that gives logits.
 
-Methods with personal heads, prototypes or feature statistics need the two apart (`model.local='^head\.'`), and an
+Methods with personal heads, prototypes or feature statistics need the two apart (`model.local=head`), and an
 engine that batches clients can walk the body's layers one by one.
 """
 
