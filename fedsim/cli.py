@@ -64,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     except Exception as error:  # the last place where a failure can become one line
         first = (str(error).strip().splitlines() or [""])[0]
+        kind = "" if type(error) is RuntimeError and first else f"{type(error).__name__}: "
         hint = "" if verbose else " (-v shows where)"
-        return _report(error, f"{type(error).__name__}: {first}{hint}", FAILED, verbose=verbose)
+        return _report(error, f"{kind}{first}{hint}", FAILED, verbose=verbose)
 
 
 def _report(error: BaseException, line: str, code: int, *, verbose: bool) -> int:
@@ -89,7 +90,7 @@ def _dispatch(words: list[str]) -> int:
 
 def _refuse_verb(word: str) -> NoReturn:
     if "=" in word:
-        raise UserError(f"the command comes first: fedsim run {word}")
+        raise UserError(f"the command comes first: fedsim run {word.lstrip('-')}")
     raise UserError(f"no command {word!r}{did_you_mean(word, VERBS)}")
 
 

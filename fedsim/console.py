@@ -91,6 +91,8 @@ class Plain(Observer):
         self._spoke = now
         width = len(str(self._total))
         parts = [f"round {number:>{width}}/{self._total}", *_scores(row)]
+        if row.get("evaluated") is False:
+            parts.append("(as last evaluated)")
         if self._done < number < self._total:
             left = (now - self._began) / (number - self._done) * (self._total - number)
             parts.append(f"{duration(max(1.0, left))} left")
@@ -233,12 +235,12 @@ def _scores(row: Row) -> list[str]:
 
 
 def flat(summary: Row, prefix: str = "") -> list[tuple[str, Any]]:
-    """Return (dotted name, value) of nested mappings; lists and long texts are left to summary.json."""
+    """Return (dotted name, value) of nested mappings; lists are left to summary.json."""
     found: list[tuple[str, Any]] = []
     for name, value in summary.items():
         if isinstance(value, Mapping):
             found += flat(value, f"{prefix}{name}.")
-        elif not isinstance(value, (list, tuple)):
+        elif value is not None and not isinstance(value, (list, tuple)):
             found.append((prefix + name, value))
     return found
 

@@ -62,7 +62,7 @@ def test_an_unknown_group_gets_the_nearest_name() -> None:
 @pytest.mark.parametrize(
     ("line", "summary", "paper"),
     [
-        ("# Mean. FedAvg (McMahan et al., AISTATS 2017), alg. 1.", "Mean.", "FedAvg (McMahan et al., AISTATS 2017), alg. 1."),
+        ("# Mean. FedAvg (McMahan et al., AISTATS 2017), §3.", "Mean.", "FedAvg (McMahan et al., AISTATS 2017), §3."),
         ("# Two 3x3. Reddi et al., ICLR 2021.", "Two 3x3.", "Reddi et al., ICLR 2021."),
         ("# A. B c. El M. Hamdi et al., Proc. IEEE 1998.", "A. B c.", "El M. Hamdi et al., Proc. IEEE 1998."),
         ("# One. He et al., CVPR 2016; Li, ICML 2020.", "One.", "He et al., CVPR 2016; Li, ICML 2020."),

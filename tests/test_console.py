@@ -41,6 +41,7 @@ def test_plain_writes_about_twenty_rounds_and_the_last() -> None:
     assert rounds[-1] == "round 40/40  accuracy 100.00 %  loss 0.0250"
     assert lines[:2] == ["plan: sequential on cpu [2 threads]", "note: client=sgd is used"]
     assert "clients worst accuracy  50.00 %" in lines
+    assert lines[-1].startswith("clients worst")  # neither the list nor what is not known
     assert "\033" not in stream.getvalue()
 
 
@@ -59,6 +60,17 @@ def test_plain_breaks_a_long_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = [line.split()[1] for line in stream.getvalue().splitlines() if line.startswith("round ")]
     assert rounds == ["1/6", "3/6", "5/6", "6/6"]
     assert "round 3/6  accuracy 50.00 %  loss 0.3333  1 min 0 s left" in stream.getvalue()
+
+
+def test_plain_marks_figures_of_an_earlier_round() -> None:
+    stream = io.StringIO()
+    observer = Plain(stream)
+    observer.start(2, 0)
+    observer.round({"round": 1, "accuracy": 0.5, "evaluated": True})
+    observer.round({"round": 2, "accuracy": 0.5, "evaluated": False})
+    first, second = stream.getvalue().splitlines()
+    assert first.startswith("round 1/2  accuracy 50.00 %  ")
+    assert second == "round 2/2  accuracy 50.00 %  (as last evaluated)"
 
 
 def test_plain_warns_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
