@@ -42,6 +42,20 @@ def test_task_identity_lets_messages_be_built_and_is_never_overwritten():
         TaskIdentity.node_id = runtime.SERVER_NODE_ID
 
 
+def test_a_users_script_that_imports_flower_first_is_quiet_too():
+    program = (
+        "from flwr.serverapp.strategy import FedAvg\n"
+        "from fedsim.flower import runtime\n"
+        "runtime.claim_identity()\n"
+        "FedAvg().summary()"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FLWR")}
+    for level, quiet in ((None, True), ("INFO", False)):
+        asked = environment | ({"FLWR_LOG_LEVEL": level} if level else {})
+        done = subprocess.run([sys.executable, "-c", program], env=asked, capture_output=True, text=True, check=True)
+        assert ("Sampling" not in done.stderr) == quiet
+
+
 def test_a_message_takes_an_id_and_its_reply_names_it():
     request = message()
     runtime.set_message_id(request, "41")
@@ -107,8 +121,7 @@ def test_seeding_repeats_by_key_and_gives_the_generators_back_even_after_an_erro
             assert not set(draws()) & set(first)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
     with pytest.raises(ZeroDivisionError), runtime.seeded(0, "a"):
-        draws()
-        raise ZeroDivisionError
+        _ = draws()[0] / 0
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
 
 

@@ -152,7 +152,7 @@ def flatten(record: ArrayRecord, layout: Layout, like: Tensor | None = None) -> 
 
 def broadcast_record(broadcast: Mapping[str, Any]) -> ArrayRecord:
     """Return what a rule sends beside the model; a number travels as a 0-d array."""
-    return ArrayRecord({name: Array(np.array(torch.as_tensor(value).cpu())) for name, value in broadcast.items()})
+    return ArrayRecord({name: Array(to_numpy(torch.as_tensor(value))) for name, value in broadcast.items()})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -16,6 +17,8 @@ from fedsim.layout import Layout
 
 OnClientError = Literal["raise", "drop"]
 
+_log = logging.getLogger(__name__)
+
 EXTRAS = "extras"  # the record of an objective's second uploads
 NUM_STEPS = "num-steps"
 
@@ -25,20 +28,25 @@ class ClientError(RuntimeError):
 
 
 def checked(replies: Iterable[Message], on_client_error: OnClientError) -> list[Message]:
-    """Return the replies that carry content, in order of their nodes.
+    """Return the replies that carry content, in order of their nodes; a failure that is dropped is logged.
 
     Raises:
         ClientError: a client failed and `on_client_error` is "raise".
 
     """
-    replies = sorted(replies, key=lambda reply: reply.metadata.src_node_id)
-    for reply in replies:
-        if reply.has_error() and on_client_error == "raise":
-            reason = (reply.error.reason or f"error code {reply.error.code}").strip()
-            error = ClientError(f"node {reply.metadata.src_node_id} failed: {reason.splitlines()[-1]}")
+    kept = []
+    for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
+        if reply.has_content():
+            kept.append(reply)
+            continue
+        reason = (reply.error.reason or f"error code {reply.error.code}").strip()
+        failure = f"node {reply.metadata.src_node_id} failed: {reason.splitlines()[-1]}"
+        if on_client_error == "raise":
+            error = ClientError(failure)
             error.add_note(reason)
             raise error
-    return [reply for reply in replies if reply.has_content()]
+        _log.warning("%s; it is left out", failure)
+    return kept
 
 
 def only(content: RecordDict, kind: type[ArrayRecord] | type[MetricRecord]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from flwr.app.message import arrayrecord
 from flwr.app.message.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM, KEY_NORM_BIT
-from flwr.supercore.logger import LOGGER_NAME
+from flwr.supercore.logger import LOGGER_NAME, update_console_handler
 from flwr.supercore.run import Run as Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -34,10 +35,14 @@ SERVER_NODE_ID = 0  # clients are nodes 1, 2, …
 
 
 def claim_identity() -> None:
-    """Make `Message(…)` usable in this process; a Flower launcher that set an identity before keeps its own."""
-    for name, value in (("_run_id", RUN_ID), ("_node_id", SERVER_NODE_ID), ("_task_id", 0)):
-        if getattr(TaskIdentity, name) is None:
-            setattr(TaskIdentity, name.lstrip("_"), value)
+    """Make `Message(…)` usable in this process, and Flower as quiet in it as its environment asks.
+
+    A process that a Flower launcher started has an identity: it keeps that, and its log.
+    """
+    if TaskIdentity._run_id is None:
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE_ID, 0
+        # Flower looks at the variable when it is imported, which a user's script may do before fedsim sets it.
+        update_console_handler(level=os.environ["FLWR_LOG_LEVEL"].upper())
 
 
 def empty_run() -> Run:

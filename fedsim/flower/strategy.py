@@ -27,7 +27,7 @@ from fedsim.flower.records import (
     flatten,
     layout_of,
 )
-from fedsim.flower.replies import OnClientError, checked, only, read_replies
+from fedsim.flower.replies import checked, only, read_replies
 from fedsim.flower.runtime import logged_warnings, no_forced_collection, seeded
 from fedsim.rng import generator
 
@@ -44,8 +44,10 @@ class RuleStrategy(Strategy):
         num_clients: clients that can be sampled; None: the nodes connected at the first round.
         seed: of everything random in the rule and of the sampling.
         fraction: of the connected nodes that train, in (0, 1]; the simulation's cohort always trains whole.
+        fraction_evaluate: of them that evaluate, in [0, 1]; 0 sends no such messages.
         min_nodes: wait for that many nodes, ≥ 1.
-        on_client_error: "raise" or "drop", for replies that carry an error.
+
+    A node of a deployment that fails is logged and left out; a round that nobody answers is an error.
 
     """
 
@@ -56,19 +58,21 @@ class RuleStrategy(Strategy):
         num_clients: int | None = None,
         seed: int = 0,
         fraction: float = 1.0,
+        fraction_evaluate: float = 1.0,
         min_nodes: int = 1,
-        on_client_error: OnClientError = "raise",
     ) -> None:
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {fraction}")
+        if not 0 <= fraction_evaluate <= 1:
+            raise ValueError(f"fraction_evaluate must be in [0, 1], got {fraction_evaluate}")
         if min_nodes < 1:
             raise ValueError(f"min_nodes must be >= 1, got {min_nodes}")
         self.rule = rule
         self.num_clients = num_clients
         self.seed = seed
         self.fraction = fraction
+        self.fraction_evaluate = fraction_evaluate
         self.min_nodes = min_nodes
-        self.on_client_error = on_client_error
         self.state: State | None = None
         self.metrics: Metrics = {}
         self.cohort: Cohort | None = None
@@ -79,7 +83,7 @@ class RuleStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> TrainMessages:
         """Return the round's messages, unbuilt."""
-        nodes, num_connected = self._sample(server_round, grid)
+        nodes, num_connected = self._sample(server_round, grid, self.fraction)
         self._sent = arrays = as_flat(arrays)
         if self.state is None:
             if check := getattr(self.rule, "check", None):
@@ -99,7 +103,7 @@ class RuleStrategy(Strategy):
         if isinstance(replies, CohortReplies):
             cohort = replies.cohort
         else:
-            answers = checked(replies, self.on_client_error)
+            answers = checked(replies, "drop")
             if not answers:
                 raise RuntimeError(f"no client answered in round {server_round}")
             clients = [self._client_of[reply.metadata.src_node_id] for reply in answers]
@@ -117,15 +121,15 @@ class RuleStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Sequence[Message]:
         """Return a message to each node of this round."""
-        nodes, _ = self._sample(server_round, grid)
+        if not self.fraction_evaluate:
+            return []
+        nodes, _ = self._sample(server_round, grid, self.fraction_evaluate)
         content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord({**config, SERVER_ROUND: server_round})})
         return [Message(content, node, MessageType.EVALUATE) for node in nodes]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the means of the clients' metrics, weighted by their numbers of samples."""
-        records: list[MetricRecord] = [
-            only(reply.content, MetricRecord) for reply in checked(replies, self.on_client_error)
-        ]
+        records: list[MetricRecord] = [only(reply.content, MetricRecord) for reply in checked(replies, "drop")]
         if not records:
             return None
         total = math.fsum(_number(record, NUM_EXAMPLES) for record in records)
@@ -136,7 +140,7 @@ class RuleStrategy(Strategy):
     def summary(self) -> None:
         """Say nothing: the run's plan line and summary table do."""
 
-    def _sample(self, round: int, grid: Grid) -> tuple[list[int], int]:
+    def _sample(self, round: int, grid: Grid, fraction: float) -> tuple[list[int], int]:
         """Return the round's nodes, ascending, and how many are connected."""
         if isinstance(grid, SimulationGrid):
             nodes = grid.get_node_ids()
@@ -145,7 +149,7 @@ class RuleStrategy(Strategy):
             time.sleep(1.0)
         for node in connected:
             self._client_of.setdefault(node, len(self._client_of))
-        size = max(self.min_nodes, round_half_up(self.fraction * len(connected)))
+        size = max(self.min_nodes, round_half_up(fraction * len(connected)))
         chosen = generator(self.seed, "cohort", round).choice(len(connected), size=size, replace=False)
         return [connected[i] for i in sorted(chosen)], len(connected)
 
