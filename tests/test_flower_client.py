@@ -37,13 +37,13 @@ def data(client):
     return x, (x[:, 0] + x[:, 1] > 0).long()
 
 
-def torch_app(mods=()):
+def torch_app(mods=(), keep_input=False):
     """A user's app as Flower's tutorials write it: a torch model, dropout, global randomness, state per client."""
     app = ClientApp()
 
     def load(message):
         model = nn.Sequential(nn.Dropout(0.1), nn.Linear(4, 2))
-        model.load_state_dict(message.content["arrays"].to_torch_state_dict(keep_input=False))
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict(keep_input=keep_input))
         return model
 
     @app.train(mods=list(mods))
@@ -209,10 +209,13 @@ def test_one_client_cannot_spoil_the_next_ones_message():
 def test_flowers_own_mods_work_on_a_foreign_app():
     def clipped(mods):
         strategy = DifferentialPrivacyClientSideFixedClipping(flower_fedavg(), 0.0, 0.01, NUM_CLIENTS)
-        return aggregate(strategy, 1, W0, make_grid(torch_app(mods)))[0]
+        return aggregate(strategy, 1, W0, make_grid(torch_app(mods, keep_input=True)))[0]
 
     assert clipped([]).norm() > 0.02  # every update is longer than the bound, and unclipped without the mod
     assert 0 < clipped([fixedclipping_mod]).norm() <= 0.01 + 1e-6
+    content = RecordDict({"arrays": FlatRecord(W0, LAYOUT), "config": ConfigRecord({"clipping_norm": 1.0})})
+    with pytest.raises(ClientError, match="node 1 failed: fixedclipping_mod expects the keys"):
+        make_grid(torch_app([fixedclipping_mod])).send_and_receive([Message(content, 1, "train")])
 
 
 def test_run_config_reaches_the_app():

@@ -179,6 +179,8 @@ class ForeignClients:
                 raise TypeError(f"the ClientApp returned a {type(reply).__name__}, not a Message")
         except Exception:  # whatever foreign code raises is that client's failure, as on a real node
             return Message(Error(runtime.CLIENT_RAISED, traceback.format_exc()), reply_to=message)
+        if reply.metadata.src_node_id != client + 1:  # some of Flower's mods report a failure as a reply to the reply
+            return Message(reply.error if reply.has_error() else reply.content, reply_to=message)
         return reply
 
     def _messages(
