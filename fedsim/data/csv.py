@@ -89,6 +89,8 @@ def csv(  # noqa: PLR0913  one argument a key of the config
         _check_columns(key, columns, table)
     if label in names:
         raise UserError(f"data.features: {label!r} is the label; a model would read the answer from it")
+    if not names:
+        raise UserError("data.features: no column is left beside label and client")
 
     y, class_names = _classes(table[label], label, positive)
     natural, client_names = (None, None) if client is None else _codes(table[client])
