@@ -80,6 +80,7 @@ class SimulationGrid(Grid):
         self.on_client_error = on_client_error
         self.round = 1
         self.cohort: Clients = np.zeros(0, dtype=np.int64)
+        self.like: Tensor | None = None  # a tensor of the run's dtype and device, for arrays that strategies build
         self._run = runtime.empty_run()
         self._num_sent = 0
         self._pushed: list[Message] = []
@@ -149,7 +150,7 @@ class SimulationGrid(Grid):
         requests = sorted(requests, key=lambda message: message.metadata.dst_node_id)
         clients = np.array([message.metadata.dst_node_id - 1 for message in requests], dtype=np.int64)  # (K,)
         records = [only(message.content, ArrayRecord) for message in requests]
-        flat = {id(record): flatten(record, self.backend.layout) for record in records}
+        flat = {id(record): flatten(record, self.backend.layout, self.like) for record in records}
         models = next(iter(flat.values()))  # (D,)
         if len(flat) > 1:
             models = torch.stack([flat[id(record)] for record in records])  # (K, D)

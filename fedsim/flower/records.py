@@ -202,6 +202,11 @@ class CohortReplies(Sequence[Message]):
     _built: dict[int, Message] = field(default_factory=dict, repr=False)
 
     @cached_property
+    def _on_host(self) -> tuple[Tensor, Tensor]:
+        """Weights sent and updates, brought from the device in one copy each."""
+        return self.start.cpu(), self.cohort.rows.cpu()
+
+    @cached_property
     def metrics(self) -> dict[str, list[float]]:
         """Name → (K,) numbers: weights, train_loss and whatever else is one number a client."""
         columns = {name: value.tolist() for name, value in self.cohort.extras.items() if value.dim() == 1}
@@ -220,8 +225,8 @@ class CohortReplies(Sequence[Message]):
             return [self[i] for i in range(len(self))[index]]
         k = range(len(self))[index]
         if k not in self._built:
-            start = self.start if self.start.dim() == 1 else self.start[k]  # (D,)
-            arrays = row_record(start, self.cohort.rows[k], self.cohort.layout)
+            start, updates = self._on_host
+            arrays = row_record(start if start.dim() == 1 else start[k], updates[k], self.cohort.layout)
             metrics = MetricRecord({name: values[k] for name, values in self.metrics.items()})
             self._built[k] = Message(RecordDict({ARRAYS: arrays, METRICS: metrics}), reply_to=self.request(k))
         return self._built[k]

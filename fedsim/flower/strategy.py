@@ -171,7 +171,7 @@ def aggregate(strategy: Strategy, round: int, w: Tensor, grid: SimulationGrid) -
         RuntimeError: the strategy returned no arrays, which Flower's own loop would pass over.
 
     """
-    grid.round = round
+    grid.round, grid.like = round, w
     layout = grid.backend.layout
     if isinstance(strategy, RuleStrategy):
         messages = strategy.configure_train(round, FlatRecord(w, layout), ConfigRecord(), grid)
@@ -194,7 +194,7 @@ def aggregate(strategy: Strategy, round: int, w: Tensor, grid: SimulationGrid) -
 
 def evaluate(strategy: Strategy, round: int, w: Tensor, grid: SimulationGrid) -> Metrics:
     """Let a strategy evaluate weights (D,) on the grid's cohort, and return what it makes of the replies."""
-    grid.round = round
+    grid.round, grid.like = round, w
     with seeded(grid.seed, "flower", round, 2):
         requests = strategy.configure_evaluate(round, FlatRecord(w.clone(), grid.backend.layout), ConfigRecord(), grid)
     replies = grid.send_and_receive(requests)
