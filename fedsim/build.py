@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim import __version__
 from fedsim.config import Config, instantiate, plain, settings
@@ -35,6 +36,8 @@ from fedsim.rng import generator
 from fedsim.settings import Run
 
 Parts = Mapping[str, Any]
+# Forward operations of a batch from which a second thread gains more than it costs to wake and wait for.
+THREADS_PAY = 2e7
 TRAINING = tuple(LocalTraining.__dataclass_fields__)
 
 
@@ -53,7 +56,7 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     parts = parts or {}
     run = settings(config)
     device, dtype = _machine(run)
-    dataset, splits = data(config, parts)
+    dataset, partition, splits = data(config, parts)
     strategy = parts.get("strategy") or instantiate(config.strategy)
     client, training = _client(config, parts)
     model, names = _model(config, parts, dataset, run, strategy)
@@ -63,7 +66,7 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     sampler = parts.get("sampler") or instantiate(_without(config.sampler, "seed"), "sampler")
     evaluation = parts.get("metrics") or instantiate(config.metrics)
     experiment = Experiment(
-        settings=run, dataset=dataset, splits=splits, task=task, engine=engine, strategy=strategy, sampler=sampler,
+        settings=run, dataset=dataset, partition=partition, splits=splits, task=task, engine=engine, strategy=strategy, sampler=sampler,
         evaluation=evaluation, initial=initial, initial_buffers=buffers, sampler_seed=_seed(config.sampler.seed, run), plan={}, config={},
     )  # fmt: skip
     experiment = _plan(experiment, config)
@@ -71,7 +74,7 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     return experiment
 
 
-def data(config: Config, parts: Parts | None = None) -> tuple[Dataset, ClientSplits]:
+def data(config: Config, parts: Parts | None = None) -> tuple[Dataset, Partition, ClientSplits]:
     """Load the data and draw the partition: all that `fedsim partition` needs."""
     parts = parts or {}
     run = settings(config)
@@ -101,7 +104,7 @@ def data(config: Config, parts: Parts | None = None) -> tuple[Dataset, ClientSpl
         raise
     except ValueError as error:
         raise UserError(f"partition: {error}") from error
-    return dataset, splits
+    return dataset, partition, splits
 
 
 def _machine(run: Run) -> tuple[torch.device, torch.dtype]:
@@ -120,7 +123,6 @@ def _machine(run: Run) -> tuple[torch.device, torch.dtype]:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("device=mps: this machine has no Metal device; use device=cpu")
-    torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     return torch.device(name), getattr(torch, run.dtype)
 
 
@@ -182,10 +184,11 @@ def _task(
     if getattr(strategy, "pooled", False):
         partition = Partition(partition.indices, np.array([0, len(partition.indices)]))
     try:
-        _probe(model, x, dataset.num_classes)
+        work = _probe(model, x, dataset.num_classes) * (training.batch_size or int(partition.sizes.max()))
     except Exception as error:
         shape = tuple(x.shape[1:])
         raise UserError(f"model: it does not take inputs of shape {shape}: {str(error).splitlines()[0]}") from error
+    torch.set_num_threads(run.threads or (_num_cores() if work >= THREADS_PAY else 1))
     return Task(
         module=model, shared=names.shared, local=names.local, buffers=names.buffers, objective=objective,
         training=training, x=x, y=dataset.y.to(x.device), partition=partition,
@@ -194,14 +197,20 @@ def _task(
 
 
 @torch.no_grad()
-def _probe(model: nn.Module, x: Tensor, num_classes: int) -> None:
-    """Run two samples, so that a model that does not fit its data is found at once."""
+def _probe(model: nn.Module, x: Tensor, num_classes: int) -> float:
+    """Run two samples, so that a model that does not fit its data is found at once; return operations a sample."""
     model.eval()
-    logits = model(x[:2])
+    with FlopCounterMode(display=False) as counter:
+        logits = model(x[:2])
     expected = (len(x[:2]), num_classes)
     if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"it must return logits of shape {expected}, got {got}")
+    return counter.get_total_flops() / len(x[:2])
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _engine(config: Config, task: Task) -> Engine:

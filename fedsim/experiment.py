@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fedsim.contracts import Dataset
+from fedsim.contracts import Dataset, Partition
 from fedsim.data.splits import ClientSplits
 from fedsim.engine.task import Engine, Task
 from fedsim.local import Int64
@@ -23,6 +23,7 @@ class Experiment:
 
     settings: Run
     dataset: Dataset
+    partition: Partition  # of the training samples, before it is split
     splits: ClientSplits
     task: Task
     engine: Engine

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fedsim.contracts import Partition, Phase
-from fedsim.rng import segment_permutations
+from fedsim.rng import keyed_bits, segment_permutations
 
 Int64 = npt.NDArray[np.int64]
 
@@ -138,17 +138,15 @@ def schedule(
     first = np.cumsum(epochs) - epochs
     epoch = np.arange(len(segments)) - first[segments]  # (S,)
     length = sizes[segments]  # (S,)
-    key = (_spread(round, segments) * 64 + number) * 65536 + epoch
-    order = segment_permutations(_spread(seed, segments), "order", key, clients[segments], length)  # (M,)
+    row_seed = seed[segments] if isinstance(seed, np.ndarray) else seed
+    row_round = round[segments] if isinstance(round, np.ndarray) else round
+    keys = keyed_bits(row_seed, "order", row_round, clients[segments], number, epoch)  # (S,)
+    order = segment_permutations(keys, length)  # (M,)
     # `order` indexes the concatenation of passes; a pass is its client's slice of the partition.
     shift = partition.offsets[clients][segments] - (np.cumsum(length) - length)  # (S,)
     positions = partition.indices[order + np.repeat(shift, length)]  # (M,)
     starts = np.concatenate([[0], np.cumsum(epochs * sizes)])
     return Schedule(positions, starts, sizes, num_steps, training.batch_size)
-
-
-def _spread(value: int | Int64, segments: Int64) -> Any:
-    return value[segments] if isinstance(value, np.ndarray) else value
 
 
 def moving(names: Sequence[str], phase: Phase | None) -> tuple[str, ...]:

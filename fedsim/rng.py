@@ -71,27 +71,22 @@ def keyed_uniform(seed: int, purpose: str, *keys: Any) -> npt.NDArray[np.float64
     return bits.astype(np.float64) * 2.0**-53
 
 
-def segment_permutations(seed: int, purpose: str, key: Any, owners: npt.NDArray[np.int64], sizes: Any) -> Any:
-    """Permute every segment of a concatenation independently, keyed by its owner.
+def segment_permutations(keys: UInt64, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Permute every segment of a concatenation independently, each by its own key.
 
     Args:
-        seed: the run's seed.
-        purpose: as in `generator`.
-        key: integer key shared by all segments (a round), or one per segment.
-        owners: (S,) key of each segment, e.g. the client's id.
-        sizes: (S,) lengths ≥ 0; their sum is N.
+        keys: (S,) of `keyed_bits`, e.g. of (seed, "order", round, client, epoch).
+        sizes: (S,) lengths ≥ 0; their sum is N. S < 2^24.
 
     Returns:
         (N,) int64 positions into the concatenation: segment s occupies its own slice, in keyed random order.
 
     """
-    sizes = np.asarray(sizes, dtype=np.int64)
     segment = np.repeat(np.arange(len(sizes), dtype=np.uint64), sizes)  # (N,)
     starts = np.cumsum(sizes) - sizes  # (S,)
     position = (np.arange(len(segment), dtype=np.int64) - np.repeat(starts, sizes)).astype(np.uint64)  # (N,)
-    segment_key = keyed_bits(seed, purpose, key, owners)  # (S,)
     with np.errstate(over="ignore"):
-        bits = _mix((np.repeat(segment_key, sizes) ^ position) + _GOLDEN)  # (N,)
+        bits = _mix((np.repeat(keys, sizes) ^ position) + _GOLDEN)  # (N,)
     # One sort for all segments: the segment in the high 24 bits, 40 random bits below (ties keep position order).
     return np.argsort((segment << np.uint64(40)) | (bits >> np.uint64(24)), kind="stable")
 

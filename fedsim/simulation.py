@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from fedsim.config import Config, compose, to_yaml
 from fedsim.console import Observer, Silent
 from fedsim.data.splits import save_partition
 from fedsim.engine.rounds import BadUpdate
+from fedsim.contracts import Dataset, Partition
 from fedsim.errors import UserError
 from fedsim.experiment import Experiment
 from fedsim.files import atomic
@@ -160,7 +160,7 @@ def _describe(experiment: Experiment, config: Config, folder: Path, parts: Mappi
         config.hydra.parts = sorted(parts)
     _write_config(config, folder)
     write_json(folder / "plan.json", experiment.plan)
-    save_partition(folder / "partition.npz", experiment.splits.train, experiment.splits)
+    save_partition(folder / "partition.npz", experiment.partition, experiment.splits)
 
 
 @contextlib.contextmanager
@@ -197,7 +197,7 @@ def _drive(experiment: Experiment, folder: Path, observer: Observer, started: fl
     _write_model(experiment, loop, folder)
     loop.clients.merge()
     summary = _summary(experiment, loop, setup=setup, rounds=sum(loop.seconds.values()) - before)
-    draw_partition(experiment, folder)
+    _draw(experiment.dataset, experiment.partition, folder)
     write_json(folder / "summary.json", summary)
     observer.finish({name: value for name, value in summary.items() if name in _SHOWN} | {"folder": str(folder)})
     return Result(folder=folder, summary=summary, model=experiment.task.module.eval())
@@ -255,33 +255,21 @@ def _summary(experiment: Experiment, loop: Loop, *, setup: float, rounds: float)
     }
 
 
-def draw_partition(experiment: Experiment, folder: Path) -> None:
-    """Draw whose training samples are of which class."""
-    _draw(experiment.dataset, experiment.splits, folder)
-
-
-def _draw(dataset: Any, splits: Any, folder: Path) -> None:
-    counts = label_counts(dataset.y.numpy(), splits.train, dataset.num_classes)
-    counts = counts + label_counts(dataset.y.numpy(), splits.validation, dataset.num_classes)
-    counts = counts + label_counts(dataset.y.numpy(), splits.test, dataset.num_classes)
-    draw(
-        counts, folder / "partition.png", class_names=dataset.class_names, client_names=dataset.client_names,
-    )  # fmt: skip
+def _draw(dataset: Dataset, drawn: Partition, folder: Path) -> None:
+    """Draw whose samples are of which class."""
+    counts = label_counts(dataset.y.numpy(), drawn, dataset.num_classes)
+    draw(counts, folder / "partition.png", class_names=dataset.class_names, client_names=dataset.client_names)
 
 
 def partition(config: Config, observer: Observer) -> Path:
     """Draw a partition, measure and picture it without training; return the run folder."""
-    dataset, splits = data(config)
+    dataset, drawn, splits = data(config)
     folder = claim_run_dir(config)
     with _storage(folder), locked(folder):
         _write_config(config, folder)
-        save_partition(folder / "partition.npz", splits.train, splits)
-        counts = sum(
-            label_counts(dataset.y.numpy(), part, dataset.num_classes)
-            for part in (splits.train, splits.validation, splits.test)
-        )
-        figures = skew(np.asarray(counts))
-        _draw(dataset, splits, folder)
+        save_partition(folder / "partition.npz", drawn, splits)
+        figures = skew(label_counts(dataset.y.numpy(), drawn, dataset.num_classes))
+        _draw(dataset, drawn, folder)
         write_json(folder / "summary.json", {"status": "done", **{name: value for name, value, _ in figures.rows()}})
     observer.skew(figures.rows())
     observer.note(f"{folder}/partition.png")

@@ -19,7 +19,7 @@ import torch
 from fedsim.contracts import Dataset, Partition, Partitioner
 from fedsim.errors import UserError
 from fedsim.partition.csr import check_fraction
-from fedsim.rng import keyed_uniform, segment_permutations
+from fedsim.rng import keyed_bits, keyed_uniform, segment_permutations
 
 Int = npt.NDArray[np.int64]
 
@@ -89,7 +89,7 @@ class LabelNoise:
         rates = self.min_rate + (self.max_rate - self.min_rate) * keyed_uniform(seed, "rate", clients)  # (K,)
         rates *= keyed_uniform(seed, "noisy_client", clients) < self.noisy_client_fraction
         num_wrong = np.floor(rates * sizes + 0.5).astype(np.int64)  # (K,)
-        shuffled = segment_permutations(seed, "wrong_samples", 0, clients, sizes)  # (M,)
+        shuffled = segment_permutations(keyed_bits(seed, "wrong_samples", clients), sizes)  # (M,)
         rank = np.arange(len(shuffled)) - np.repeat(partition.offsets[:-1], sizes)  # (M,) within the client
         wrong = partition.indices[shuffled[rank < np.repeat(num_wrong, sizes)]]  # (W,)
         if self.kind == "pair":
