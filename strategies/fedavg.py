@@ -2,7 +2,7 @@ r"""FedAvg: the weighted mean of the clients' updates, with an optional server r
 
 McMahan et al., AISTATS 2017, Algorithm 1. https://arxiv.org/abs/1602.05629
     w ← w + η \sum_k (n_k / n) Δ_k
-With `server_momentum` it is FedAvgM: Hsu et al., 2019, section 4.1. https://arxiv.org/abs/1909.06335
+With `server_momentum` it is FedAvgM: Hsu et al., 2019. https://arxiv.org/abs/1909.06335
     v ← β v + \sum_k (n_k / n) Δ_k,   w ← w + η v
 """
 

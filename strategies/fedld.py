@@ -89,7 +89,7 @@ class FedLD:
         updates = cohort.rows  # (K, D)
         num_clients = len(cohort)
         weights = cohort.weights if self.weighted else torch.ones_like(cohort.weights)
-        share = proportions(weights)  # (K,)
+        share = proportions(weights).to(updates.device)  # (K,)
         kept = max(self.min_components or 0, math.floor(num_clients * self.k_proportion))
         if cohort.round <= 1 or (num_clients == 1 and kept == 1):
             return self.server_lr * combine(share, updates), state, {}

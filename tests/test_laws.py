@@ -13,13 +13,16 @@ from fedsim.laws import LAWS, check_strategy
 from fedsim.testing import build_rule, strategy_names
 
 ADAPTIVE = "divides by the updates' own size, coordinate by coordinate"
+EQUIVARIANCES = ("unanimity", "homogeneity", "translation")
 
 # The laws that a rule does not keep by its nature, with the reason.
 EXEMPT = {
-    "fedadagrad": dict.fromkeys(("unanimity", "homogeneity", "translation"), ADAPTIVE),
-    "fedadam": dict.fromkeys(("unanimity", "homogeneity", "translation"), ADAPTIVE),
-    "fedyogi": dict.fromkeys(("unanimity", "homogeneity", "translation"), ADAPTIVE),
+    "fedadagrad": dict.fromkeys(EQUIVARIANCES, ADAPTIVE),
+    "fedadam": dict.fromkeys(EQUIVARIANCES, ADAPTIVE),
+    "fedyogi": dict.fromkeys(EQUIVARIANCES, ADAPTIVE),
     "local": dict.fromkeys(("unanimity", "translation"), "it averages nothing"),
+    "centered_clipping": dict.fromkeys(EQUIVARIANCES, "its radius has the unit of the updates, its start is fixed"),
+    "norm_clipping": dict.fromkeys(EQUIVARIANCES, "its bound has the unit of the updates and is taken from the origin"),
     "fedld": {"translation": "its directions and norms are taken from the origin"},
 }
 

@@ -1,0 +1,299 @@
+"""Byzantine-robust rules against numpy, scipy and the papers' definitions in loops; then attacks."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy import optimize, stats
+
+from fedsim.laws import cohort_of
+from fedsim.linalg import square_distances
+from fedsim.strategies.bulyan import Bulyan
+from fedsim.strategies.centered_clipping import CenteredClipping
+from fedsim.strategies.dnc import DnC
+from fedsim.strategies.geometric_median import GeometricMedian
+from fedsim.strategies.krum import Krum, MultiKrum
+from fedsim.strategies.meamed import MeaMed
+from fedsim.strategies.median import Median
+from fedsim.strategies.norm_clipping import NormClipping
+from fedsim.strategies.trimmed_mean import TrimmedMean
+from fedsim.testing import apply_rule, build_rule
+
+SEEDS = range(8)
+
+
+def cohort(seed, num_clients=None, size=None):
+    rng = np.random.default_rng(seed)
+    num_clients = num_clients or int(rng.integers(7, 14))
+    return rng.normal(size=(num_clients, size or int(rng.integers(1, 30)))) + rng.normal()
+
+
+def krum_in_loops(rows, f):
+    n = len(rows)
+    d = [[sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) for y in rows] for x in rows]
+    return [sum(sorted(d[i][:i] + d[i][i + 1 :])[: max(1, n - f - 2)]) for i in range(n)]
+
+
+def best_in_loops(rows, f):
+    """Index of the best score; mutual nearest pairs tie to the bit, and the one nearer to all others wins."""
+    if len(rows) == 1:
+        return 0
+    scores = krum_in_loops(rows, f)
+    totals = [sum(sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) for y in rows) for x in rows]
+    return min(range(len(rows)), key=lambda i: (scores[i], totals[i]))
+
+
+def nearest_to_median(column, kept):
+    median = np.median(column)
+    # ties: the lower value, as the window rule takes it
+    return np.mean(sorted(column, key=lambda v: (abs(v - median), v))[:kept])
+
+
+# --- coordinate-wise rules -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_median_is_numpys(seed, dtype):
+    rows = cohort(seed).astype(dtype)
+    np.testing.assert_allclose(apply_rule(Median(), rows), np.median(rows, axis=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("f", [0, 1, 3])
+def test_trimmed_mean_is_scipys(seed, f):
+    rows = cohort(seed)
+    want = stats.trim_mean(rows, (f + 0.5) / len(rows), axis=0)  # scipy floors the count: half is for safety
+    np.testing.assert_allclose(apply_rule(TrimmedMean(num_byzantine=f), rows), want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("f", [0, 1, 3])
+def test_meamed_against_loops(seed, f):
+    rows = cohort(seed)
+    want = [nearest_to_median(column, len(rows) - f) for column in rows.T]
+    np.testing.assert_allclose(apply_rule(MeaMed(num_byzantine=f), rows), want, rtol=1e-10, atol=1e-12)
+
+
+def test_meamed_by_hand():
+    # median of 0 1 2 3 10 is 2; without the farthest: (0 + 1 + 2 + 3)/4. With 3 kept: 1 2 3
+    column = [[3.0], [10.0], [0.0], [2.0], [1.0]]
+    assert apply_rule(MeaMed(num_byzantine=1), column).tolist() == [1.5]
+    assert apply_rule(MeaMed(num_byzantine=2), column).tolist() == [2.0]
+    # median 2: 0 and 4 are equally far, the lower stays: (0 + 1 + 2 + 3)/4
+    assert apply_rule(MeaMed(num_byzantine=1), [[0.0], [1.0], [2.0], [3.0], [4.0]]).tolist() == [1.5]
+
+
+def test_column_blocks_are_joined_in_order():
+    rows = cohort(0, 5, 10_000)
+    np.testing.assert_array_equal(apply_rule(Median(), rows), np.median(rows, axis=0))
+
+
+@pytest.mark.parametrize("rule", [Median(), TrimmedMean(), MeaMed(), Bulyan()], ids=lambda r: type(r).__name__)
+def test_sorting_leaves_the_updates_as_they_were(rule):
+    for shape in ((8, 1), (8, 5)):  # one column is contiguous both ways
+        rows = torch.as_tensor(cohort(1, *shape))
+        before = rows.clone()
+        apply_rule(rule, rows)
+        assert torch.equal(rows, before)
+
+
+def test_median_of_huge_values_does_not_overflow():
+    rows = np.full((4, 2), 3e38, np.float32)
+    assert apply_rule(Median(), rows).tolist() == rows[0].tolist()
+
+
+# --- distances -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_square_distances_survive_a_common_offset(dtype, offset):
+    rows = (torch.as_tensor(cohort(2, 6, 500)) + offset).to(dtype)
+    want = torch.cdist(rows.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    torch.testing.assert_close(square_distances(rows), want, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("f", [0, 1, 2])
+def test_krum_scores_and_choice_against_loops(seed, f):
+    rows = cohort(seed)
+    want = krum_in_loops(rows.tolist(), f)
+    delta, _, metrics = Krum(num_byzantine=f)(cohort_of(rows), {})
+    np.testing.assert_allclose(metrics["krum_score"], want, rtol=1e-10)
+    np.testing.assert_array_equal(delta, rows[int(np.argmin(want))])
+    assert metrics["selected"].nonzero().flatten().tolist() == [int(np.argmin(want))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("m", [None, 1, 3])
+def test_multi_krum_averages_the_best(seed, m):
+    rows, f = cohort(seed), 2
+    best = np.argsort(krum_in_loops(rows.tolist(), f))[: m or len(rows) - f]
+    got = apply_rule(MultiKrum(num_byzantine=f, num_selected=m), rows)
+    np.testing.assert_allclose(got, rows[best].mean(0), rtol=1e-10)
+
+
+def test_krum_counts_k_minus_f_minus_2_neighbours():
+    # K = 5, f = 1: 2 neighbours. Scores of 0 1 3 6 20: 1+9, 1+4, 4+9, 9+25, 196+289; with 3 the order changes
+    scores = Krum(num_byzantine=1)(cohort_of([[0.0], [1.0], [3.0], [6.0], [20.0]]), {})[2]["krum_score"]
+    assert scores.tolist() == [10, 5, 13, 34, 485]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("f", [0, 1, 2])
+def test_bulyan_against_loops(seed, f):
+    rows = cohort(seed, 4 * f + 3 + seed % 3)
+    left, selected = list(range(len(rows))), []
+    for _ in range(len(rows) - 2 * f):
+        selected.append(left.pop(best_in_loops(rows[left].tolist(), f)))
+    kept = len(rows) - 4 * f
+    want = [nearest_to_median(column, kept) for column in rows[selected].T]
+    np.testing.assert_allclose(apply_rule(Bulyan(num_byzantine=f), rows), want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_geometric_median_minimises_the_summed_distance(seed):
+    rows = cohort(seed, 9, 4)
+    got = apply_rule(GeometricMedian(num_iterations=1000), rows)
+
+    def total(z):
+        return np.linalg.norm(rows - z, axis=1).sum()
+
+    best = optimize.minimize(total, rows.mean(0), method="BFGS", options={"gtol": 1e-10})
+    assert total(got) <= best.fun * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("num_iterations", [1, 3])
+def test_geometric_median_steps_against_loops(num_iterations):
+    rows = cohort(3, 8, 5)
+    z = rows.mean(0)
+    for _ in range(num_iterations):
+        pull = 1 / np.maximum(0.5, np.linalg.norm(rows - z, axis=1))
+        z = pull @ rows / pull.sum()
+    got = apply_rule(GeometricMedian(num_iterations=num_iterations, smoothing=0.5), rows)
+    np.testing.assert_allclose(got, z, rtol=1e-10)
+
+
+@pytest.mark.parametrize("start", ["state", "median", "zero"])
+@pytest.mark.parametrize("num_iterations", [1, 4])
+def test_centered_clipping_against_loops(start, num_iterations):
+    rule = CenteredClipping(radius=2.0, num_iterations=num_iterations, start=start)
+    previous, state = np.zeros(6), rule.init(cohort_of(np.zeros((1, 6))).layout, 9)
+    for seed in range(3):
+        rows = cohort(seed, 9, 6)
+        v = {"state": previous, "median": np.median(rows, axis=0), "zero": np.zeros(6)}[start]
+        for _ in range(num_iterations):
+            moves = [(x - v) * min(1, 2.0 / np.linalg.norm(x - v)) for x in rows]
+            v = v + np.mean(moves, axis=0)
+        delta, state, _ = rule(cohort_of(rows), state)
+        np.testing.assert_allclose(delta, v, rtol=1e-10, atol=1e-12)
+        previous = v
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("f", [0, 2])
+def test_dnc_scores_and_choice_against_an_svd(seed, f):
+    rows = cohort(seed)
+    centred = rows - rows.mean(0)
+    scores = (centred @ np.linalg.svd(centred, full_matrices=False)[2][0]) ** 2
+    kept = np.sort(np.argsort(scores)[: len(rows) - f])
+    got = apply_rule(DnC(num_byzantine=f), rows)
+    np.testing.assert_allclose(got, rows[kept].mean(0), rtol=1e-9, atol=1e-12)
+
+
+def test_dnc_intersects_its_draws():
+    rows = np.zeros((6, 2))
+    rows[:, 0] = [9, 1, 2, 3, 2, 1]
+    rows[:, 1] = [1, 2, 9, 1, 2, 3]
+    rule = DnC(num_byzantine=1, num_iterations=8, subsample=1)
+    _, _, metrics = rule(cohort_of(rows, seed=3), {})  # draws of both columns: 0 sticks out in one, 2 in the other
+    assert metrics["selected"].tolist() == [False, True, False, True, True, True]
+
+
+def test_dnc_draws_follow_the_seed_and_the_round():
+    rows = np.random.default_rng(0).normal(size=(9, 400))
+    rule = DnC(num_byzantine=3, subsample=5)
+    picks = {
+        (seed, t): tuple(rule(cohort_of(rows, seed=seed, round=t), {})[2]["selected"].tolist())
+        for seed, t in itertools.product(range(3), range(1, 4))
+    }
+    assert picks[0, 1] == tuple(rule(cohort_of(rows, seed=0, round=1), {})[2]["selected"].tolist())
+    assert len(set(picks.values())) > 3
+
+
+def test_norm_clipping_by_hand():
+    # (3, 4) of norm 5 becomes (.6, .8); (.3, .4) stays; weights 1 and 3
+    got = apply_rule(NormClipping(max_norm=1.0), [[3.0, 4.0], [0.3, 0.4]], [1, 3])
+    np.testing.assert_allclose(got, [(0.6 + 0.9) / 4, (0.8 + 1.2) / 4], rtol=1e-14)
+
+
+def test_norm_clipping_above_all_norms_is_fedavg():
+    rows, n = cohort(4), np.arange(1, len(cohort(4)) + 1)
+    np.testing.assert_allclose(apply_rule(NormClipping(max_norm=1e6), rows, n), n @ rows / n.sum(), rtol=1e-12)
+
+
+# --- attacks ---------------------------------------------------------------------------------------------------
+
+ROBUST = ["median", "trimmed_mean", "meamed", "krum", "multi_krum", "bulyan", "geometric_median", "dnc"]
+
+
+@pytest.mark.parametrize("name", [*ROBUST, "centered_clipping", "norm_clipping"])
+@pytest.mark.parametrize("scale", [1e3, 1e9, 1e30])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_two_attackers_of_eleven_change_little(name, scale, dtype):
+    rng = np.random.default_rng(0)
+    honest = rng.normal(size=(9, 40)) * 0.05 + 1.0
+    rows = np.concatenate([honest, -scale * np.ones((2, 40))]).astype(dtype)[rng.permutation(11)]
+    arguments = {} if name == "median" or "geometric" in name or "clipping" in name else {"num_byzantine": 2}
+    got = apply_rule(build_rule(name, **arguments), rows)
+    bound = {"centered_clipping": 7.0, "norm_clipping": 7.0}.get(name, 0.5)  # their radius is 1, ‖honest‖ 6.3
+    assert np.linalg.norm(got - honest.mean(0)) < bound
+
+
+@pytest.mark.parametrize("name", ROBUST)
+def test_what_dropped_rows_leave_is_still_aggregated(name):
+    rule = build_rule(name) if name in {"median", "geometric_median"} else build_rule(name, num_byzantine=2)
+    for count in (1, 2, 3, 4):
+        delta, _, _ = rule(cohort_of(cohort(0, count, 5), round=2), {})
+        assert torch.isfinite(delta).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "num_byzantine", "least"),
+    [("trimmed_mean", 2, 5), ("meamed", 2, 5), ("krum", 2, 7), ("multi_krum", 2, 7), ("bulyan", 2, 11), ("dnc", 2, 5)],
+)
+def test_a_cohort_too_small_is_refused_before_training(name, num_byzantine, least):
+    rule = build_rule(name, num_byzantine=num_byzantine)
+    rule.check(least)
+    with pytest.raises(ValueError, match=f"got K={least - 1}, f={num_byzantine}; sample more clients or lower"):
+        rule.check(least - 1)
+    with pytest.raises(ValueError, match="num_byzantine >= 0"):
+        build_rule(name, num_byzantine=-1)
+
+
+def test_multi_krum_cannot_select_more_than_there_are():
+    with pytest.raises(ValueError, match="cannot select 9 of K=8"):
+        MultiKrum(num_selected=9).check(8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (MultiKrum, {"num_selected": 0}),
+        (GeometricMedian, {"num_iterations": 0}),
+        (GeometricMedian, {"smoothing": 0.0}),
+        (CenteredClipping, {"radius": 0.0}),
+        (CenteredClipping, {"num_iterations": 0}),
+        (CenteredClipping, {"start": "mean"}),
+        (DnC, {"num_iterations": 0}),
+        (DnC, {"subsample": 0}),
+        (DnC, {"filter": 0.0}),
+        (NormClipping, {"max_norm": 0.0}),
+    ],
+)
+def test_arguments_out_of_range_are_named(kind, arguments):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=f"{kind.__name__}.*{name}"):
+        kind(**arguments)
