@@ -224,13 +224,15 @@ def test_a_strategy_may_send_each_client_its_own_model():
 def test_models_that_a_strategy_builds_reach_the_clients_in_the_runs_dtype():
     class Doubling(FlowerFedAvg):
         def configure_train(self, server_round, arrays, config, grid):
-            doubled = ArrayRecord({name: Array(2 * array.numpy()) for name, array in arrays.items()})
+            doubled = ArrayRecord(
+                {name: Array(np.array(2.0 * array.numpy(), np.float64)) for name, array in arrays.items()}
+            )
             return super().configure_train(server_round, doubled, config, grid)
 
     grid = make_grid()
-    aggregate(Doubling(min_train_nodes=1, min_available_nodes=1), 1, W.to(torch.float16), grid)
+    aggregate(Doubling(min_train_nodes=1, min_available_nodes=1), 1, W.float(), grid)
     (_, _, models, _, _) = grid.backend.calls[0]
-    assert models.dtype == torch.float16
+    assert models.dtype == torch.float32
     assert models.tolist() == (2 * W).tolist()
 
 
