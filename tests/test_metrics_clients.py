@@ -15,6 +15,7 @@ from torch import tensor
 from fedsim.contracts import Cohort, Streamed, Sums, row_square_norms
 from fedsim.layout import Layout
 from fedsim.metrics.budget import Due, Evaluation, evaluation_interval
+from fedsim.metrics.classification import head_middle_tail, many_medium_few
 from fedsim.metrics.communication import num_bytes, traffic
 from fedsim.metrics.decomposition import decompose, subsample
 from fedsim.metrics.drift import cosine, dissimilarity, drift_of_rows, drift_of_sums, drift_ratio_by_layer
@@ -331,3 +332,19 @@ def test_the_yaml_lists_every_setting_with_its_default(pytestconfig):
     written = yaml.safe_load(text)
     assert written.pop("_target_") == "fedsim.metrics.budget.Evaluation"
     assert written == {f.name: f.default for f in fields(Evaluation)}
+
+
+def test_every_figure_has_its_line_in_the_documentation(pytestconfig):
+    text = (pytestconfig.rootpath / "docs/metrics.md").read_text(encoding="utf-8")
+    cohort = _cohort([[1.0, 0.0], [0.0, 1.0]])
+    two = torch.ones(2)
+    figures = (
+        drift_of_rows(cohort, torch.ones(2, dtype=torch.float64))
+        | fairness(two, two)
+        | decompose(two, two, tensor(1.0), two)
+        | many_medium_few(two, two)
+        | head_middle_tail(two, two)
+        | traffic(cohort, {}, num_sent=2)
+    )
+    assert len(figures) > 25
+    assert not [name for name in figures if f"`{name}`" not in text]
