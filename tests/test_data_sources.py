@@ -278,12 +278,18 @@ def test_synthetic_labels_are_the_argmax_of_a_linear_model_per_client():
     for k in range(3):
         # The labels of more samples than 2 · 61 are linearly separable by chance with probability ~0 (Cover 1965).
         x, y = data.x[data.client == k][:400].double(), data.y[data.client == k][:400]
-        weight = torch.zeros(61, 10, dtype=torch.float64)
-        design = torch.cat([x, torch.ones(len(x), 1)], 1)
-        for _ in range(1500):
-            scores = (design @ weight).softmax(1)
-            weight -= 5.0 * design.T @ (scores - torch.nn.functional.one_hot(y, 10)) / len(x)
-        assert ((design @ weight).argmax(1) == y).double().mean() > 0.97
+        weight = torch.zeros(61, 10, dtype=torch.float64, requires_grad=True)
+        design = torch.cat([(x - x.mean(0)) / x.std(0), torch.ones(len(x), 1)], 1)
+        optimizer = torch.optim.LBFGS([weight], max_iter=300, line_search_fn="strong_wolfe")
+
+        def loss(design=design, weight=weight, y=y, optimizer=optimizer):
+            optimizer.zero_grad()
+            value = torch.nn.functional.cross_entropy(design @ weight, y)
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        assert ((design @ weight).argmax(1) == y).all()
 
 
 def test_synthetic_iid_has_one_model_and_one_input_distribution():
