@@ -74,8 +74,8 @@ def test_drawing_all_clients_together_keeps_a_little_more_skew_than_drawing_one_
         alone.append(((hand / 10) ** 2).sum(1).mean())
     error = (np.var(together) / 150 + np.var(alone) / 150) ** 0.5
     assert error < 0.01
-    # First choices come first; measured over 3000 seeds the difference is 0.03 of 0.52.
-    assert -4 * error < np.mean(together) - np.mean(alone) < 0.03 + 4 * error
+    # First choices come first: over 3000 seeds Σ q² is 0.544 ± 0.001 against 0.522 ± 0.001.
+    assert np.mean(together) - np.mean(alone) == pytest.approx(0.022, abs=4 * error)
 
 
 @pytest.mark.parametrize(("alpha", "num_clients"), [(0.1, 10), (0.5, 10), (0.1, 100), (1.0, 50)])
@@ -160,10 +160,12 @@ def test_a_million_samples_over_a_thousand_clients_take_less_than_a_fifth_of_a_s
     partitioner = Dirichlet(num_clients=1000, alpha=0.1, min_size=10)
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         partitioner(labels, rng())
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.2  # 0.05 on an idle core; the best of five, since the machine may be busy
+        seconds.append(time.process_time() - start)
+    assert (
+        min(seconds) < 0.2
+    )  # 0.05 on an idle core; processor time and the best of five, since the machine may be busy
 
 
 # --- shards, classes, quantity, iid ----------------------------------------------------------------------------------
@@ -209,6 +211,14 @@ def test_classes_gives_every_client_k_and_shares_each_class_evenly(num_clients, 
         assert np.ptp(column[column > 0]) <= 1
     if num_clients >= num_classes:
         assert (counts[np.arange(num_clients), np.arange(num_clients) % num_classes] > 0).all()
+
+
+def test_few_clients_with_many_classes_each_cover_all_classes():
+    labels = balanced(900, 9)
+    for seed in range(20):
+        counts = label_counts(labels, Classes(num_clients=4, classes_per_client=3)(labels, rng(seed)), 9)
+        assert (counts.sum(0) == 100).all()
+        np.testing.assert_array_equal((counts > 0).sum(1), 3)
 
 
 def test_classes_skips_labels_that_do_not_occur():
@@ -265,6 +275,13 @@ def test_natural_clients_stand_in_order_of_their_id():
 def test_small_natural_clients_are_dropped_or_merged():
     assert clients(Natural(min_size=3)(ZEROS, rng(), NATURAL)) == [[1, 2, 5], [4, 7, 8, 9]]
     assert clients(Natural(min_size=3, rest="merge")(ZEROS, rng(), NATURAL)) == [[0, 1, 2, 5, 6], [4, 7, 8, 9]]
+
+
+def test_merged_clients_join_the_smallest_largest_first():
+    natural = np.repeat([0, 1, 2, 3, 4], [10, 8, 3, 2, 1])
+    part = Natural(min_size=8, rest="merge")(np.zeros(24, dtype=np.int64), rng(), natural)
+    # 3 joins 8 (then 11), 2 joins 10 (then 12), 1 joins 11.
+    assert [sorted(set(natural[part.of(k)])) for k in range(2)] == [[0, 3], [1, 2, 4]]
 
 
 @EXAMPLES
@@ -329,10 +346,10 @@ def test_long_tail_drops_samples_then_gives_every_kept_one_once():
 
 
 def test_a_long_tail_takes_natural_clients_along_and_keeps_what_a_class_has():
-    labels = np.array([0, 0, 0, 0, 0, 0, 1, 1])  # n_max = 4; class 1 wants 4 at factor 1 and has 2
-    natural = np.arange(8) % 2
+    labels = np.repeat([0, 1], [60, 20])  # n_max = 40; class 1 wants 40 at factor 1 and has 20
+    natural = np.arange(80) % 2
     part = LongTail(base=Natural(), imbalance_factor=1.0)(labels, rng(), natural)
-    assert label_counts(labels, part, 2).sum(0).tolist() == [4, 2]
+    assert label_counts(labels, part, 2).sum(0).tolist() == [40, 20]
     for k in range(2):
         assert set(natural[part.of(k)]) == {k}
     assert LongTail(base=IID(num_clients=1))(np.zeros(5, dtype=np.int64), rng()).sizes.tolist() == [5]

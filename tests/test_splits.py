@@ -235,9 +235,9 @@ def test_a_million_samples_over_a_thousand_clients_are_split_in_well_under_a_sec
     partition = Dirichlet(num_clients=1000, alpha=0.1)(labels, np.random.default_rng(0))
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         split(partition, labels, local_test=0.1, local_validation=0.1, held_out_clients=0.1)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 0.7  # 0.2 on an idle core
 
 

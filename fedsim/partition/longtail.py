@@ -72,5 +72,4 @@ class LongTail:
 
         """
         exponents = np.arange(num_classes) / max(num_classes - 1, 1)  # (C,)
-        # The guard keeps what is whole in exact arithmetic, e.g. 500 · 0.1, from being floored to one less.
-        return np.maximum(np.floor(largest * self.imbalance_factor**exponents + 1e-9), 1).astype(np.int64)
+        return np.maximum(np.floor(largest * self.imbalance_factor**exponents), 1).astype(np.int64)

@@ -39,14 +39,13 @@ def largest_remainder(totals: Any, weights: Any) -> Int:
     sums = weights.sum(axis=1)  # (R,)
     if ((sums == 0) & (totals > 0)).any():
         raise ValueError("weights of a row are all 0 although its total is positive; give at least one weight > 0")
-    # Multiplied before divided: a quota that is whole in exact arithmetic is then whole here too.
     quotas = totals[:, None] * weights / np.where(sums == 0, 1.0, sums)[:, None]  # (R, M)
     counts: Int = np.floor(quotas).astype(np.int64)  # (R, M)
     missing = totals - counts.sum(axis=1)  # (R,)
     if not missing.any():
         return counts
-    # Rounded, so that 3⅓ and 6⅓ tie as they do in exact arithmetic, whatever their last bits.
-    fractions = np.where(weights > 0, np.round(quotas - counts, 9), -1.0)  # (R, M)
+    # Rounded, so that ⅓ and 1⅓ tie as they do in exact arithmetic, whatever their last bits.
+    fractions = np.round(quotas - counts, 9)  # (R, M)
     order = np.argsort(-fractions, axis=1, kind="stable")  # (R, M)
     extra = np.arange(weights.shape[1]) < missing[:, None]  # (R, M), in order of fraction
     np.put_along_axis(counts, order, np.take_along_axis(counts, order, axis=1) + extra, axis=1)
