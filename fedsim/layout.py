@@ -68,7 +68,7 @@ class Layout:
         """View a flat (…, D) tensor as named tensors (…, *shape)."""
         lead = flat.shape[:-1]
         return {
-            name: flat[..., columns].view(*lead, *shape)
+            name: flat[..., columns].view((*lead, *shape))
             for (name, columns), shape in zip(self.slices.items(), self.shapes, strict=True)
         }
 
