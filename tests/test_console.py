@@ -20,7 +20,7 @@ class Terminal(io.StringIO):
 
 
 def tell(observer: Observer, total: int = 40, done: int = 0) -> None:
-    observer.plan("sequential on cpu [2 threads]")
+    observer.plan("sequential on cpu [bold, fast]")
     observer.note("client=sgd is used")
     observer.start(total, done)
     for number in range(done + 1, total + 1):
@@ -39,7 +39,7 @@ def test_plain_writes_about_twenty_rounds_and_the_last() -> None:
     assert rounds[1].startswith("round  2/40  accuracy 5.00 %  loss 0.5000  ")
     assert rounds[1].endswith(" left")
     assert rounds[-1] == "round 40/40  accuracy 100.00 %  loss 0.0250"
-    assert lines[:2] == ["plan: sequential on cpu [2 threads]", "note: client=sgd is used"]
+    assert lines[:2] == ["plan: sequential on cpu [bold, fast]", "note: client=sgd is used"]
     assert "clients worst accuracy  50.00 %" in lines
     assert lines[-1].startswith("clients worst")  # neither the list nor what is not known
     assert "\033" not in stream.getvalue()
@@ -94,7 +94,7 @@ def test_live_draws_a_bar_and_tables() -> None:
         tell(observer)
         observer.skew([("label TV", 0.43, "distance to the pool"), ("clients", 20, "")])
     text = stream.getvalue()
-    assert "plan: sequential on cpu [2 threads]" in text  # brackets are no markup
+    assert "plan: sequential on cpu [bold, fast]" in text  # brackets are no markup
     assert "1 update [of 10] was dropped" in text
     assert "40/40" in text
     assert "accuracy 100.00 %  loss 0.0250" in text
