@@ -130,6 +130,13 @@ def test_every_client_is_split_with_its_own_class_proportions(case):
         assert in_validation.tolist() == largest_remainder_by_hand(num_validation, (counts - in_test).tolist())
 
 
+def test_of_equal_fractions_the_lower_class_is_tested():
+    # Quotas 1⅓, ⅓, ⅓ of two test samples; in float64 the fraction of the first is the smallest.
+    labels = np.array([0, 0, 0, 0, 1, 2])
+    splits = split(Partition(np.arange(6), np.array([0, 6])), labels, local_test=0.3334)
+    assert labels[splits.test.indices].tolist() == [0, 0]
+
+
 def test_a_split_keeps_the_order_of_the_partition_and_says_who_is_whose():
     partition = Partition(np.array([5, 1, 3, 0, 2, 4]), np.array([0, 4, 4, 6]))
     splits = split(partition, np.zeros(6, dtype=int), local_test=0.5)
