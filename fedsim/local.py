@@ -51,7 +51,9 @@ class LocalTraining:
             raise ValueError(f"optimizer must be 'sgd' or 'adamw', got {self.optimizer!r}")
         for name, low in (("lr_decay_every", 1), ("batch_size", 1), ("local_epochs", 1), ("local_steps", 1)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < low):
+            if value is None and name in {"batch_size", "local_steps"}:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr must be > 0, got {self.lr}")
@@ -61,8 +63,8 @@ class LocalTraining:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f"momentum belongs to optimizer=sgd, got {self.momentum} with {self.optimizer!r}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay must be >= 0 and finite, got {self.weight_decay}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be > 0 or null, got {self.clip_norm}")
 
