@@ -185,16 +185,16 @@ def test_config_dir_adds_choices_groups_and_suggestions(tmp_path: Path) -> None:
     folder = folder_with(
         tmp_path,
         {
-            "strategy/mine": "defaults: [override /client@_global_.client: margin, _self_]\n_target_: a.B\n",
+            "strategy/zebra": "defaults: [override /client@_global_.client: margin, _self_]\n_target_: a.B\n",
             "experiment/small": "# @package _global_\nnum_rounds: 3\n",
         },
     )
-    config = compose(["strategy=mine", "+experiment=small"], config_dir=folder)
+    config = compose(["strategy=zebra", "+experiment=small"], config_dir=folder)
     assert (config.strategy._target_, config.num_rounds) == ("a.B", 3)
     assert config.client._target_ == "fedsim.clients.margin.Margin"
-    assert len(notes(compose(["strategy=mine", "client=sgd"], config_dir=folder))) == 1
-    with pytest.raises(UserError, match="did you mean 'mine'"):
-        compose(["strategy=mein"], config_dir=folder)
+    assert len(notes(compose(["strategy=zebra", "client=sgd"], config_dir=folder))) == 1
+    with pytest.raises(UserError, match="did you mean 'zebra'"):
+        compose(["strategy=zebar"], config_dir=folder)
     with pytest.raises(UserError, match=r"write \+experiment=small"):
         compose(["experiment=small"], config_dir=folder)
     with pytest.raises(UserError, match="no experiment 'smal'"):
