@@ -22,7 +22,7 @@ from fedsim.errors import UserError
 from fedsim.flower.client import FlowerApp, ForeignClients, client_app, load_app
 from fedsim.flower.grid import SimulationGrid
 from fedsim.flower.records import FlatRecord
-from fedsim.flower.replies import ClientError
+from fedsim.flower.replies import ClientError, read_replies
 from fedsim.flower.strategy import RuleStrategy, aggregate, evaluate
 from fedsim.layout import Layout
 from fedsim.strategies.fedavg import FedAvg
@@ -226,32 +226,63 @@ def test_run_config_reaches_the_app():
 def test_rows_may_start_from_different_weights():
     backend = make_grid(failing_app(), on_client_error="drop").backend
     models = torch.stack([W0 + k for k in range(4)])
-    cohort = backend.train(1, np.arange(4), models, {}, {})
-    assert cohort.clients.tolist() == [0, 1]
-    for k in (0, 1):
-        alone = make_grid().backend.train(1, np.array([k]), models[k], {}, {})
+    cohort = backend.train(1, np.array([1, 2, 3, 4]), models, {}, {})  # 2 and 3 fail
+    assert cohort.clients.tolist() == [1, 4]
+    for k, client, model in ((0, 1, models[0]), (1, 4, models[3])):
+        alone = make_grid().backend.train(1, np.array([client]), model, {}, {})
         assert torch.equal(alone.rows[0], cohort.rows[k])
 
 
+def test_clients_draw_apart():
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        draws = {"num-examples": 1, "a": random.random(), "b": np.random.random(), "c": torch.rand(()).item()}  # noqa: NPY002
+        return Message(RecordDict({"arrays": message.content["arrays"], "m": MetricRecord(draws)}), reply_to=message)
+
+    backend = make_grid(app).backend
+    draws = [backend.train(round, np.arange(3), W0, {}, {}).extras[n].tolist() for round in (1, 2) for n in "abc"]
+    assert len(set(np.ravel(draws))) == 2 * 3 * 3
+
+
+def test_replies_become_rows_in_order_of_clients():
+    request = Message(RecordDict(), 1, "train")
+
+    def reply(value, num_examples):
+        arrays = FlatRecord(W0 + value, LAYOUT)
+        metrics = MetricRecord({"num-examples": num_examples, "per_class": [1.0, 2.0]})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=request)
+
+    start = torch.stack([W0 + 1, W0 + 2, W0])
+    replies = [reply(5.0, 1), reply(6.0, 2), reply(7.0, 3)]
+    cohort = read_replies(replies, clients=[8, 2, 5], layout=LAYOUT, start=start, round=4)
+    assert cohort.clients.tolist() == [2, 5, 8]
+    assert cohort.weights.tolist() == [2, 3, 1]
+    assert cohort.rows[:, 0].tolist() == [4, 7, 4]
+    assert cohort.received.tolist() == [3, 3, 3]
+    assert cohort.extras == {}
+
+
 def test_an_app_is_found_by_name_in_the_current_folder(tmp_path, monkeypatch):
-    (tmp_path / "p7_app_module.py").write_text(
+    (tmp_path / "flower_app_module.py").write_text(
         textwrap.dedent("""
             from flwr.clientapp import ClientApp
             client = ClientApp()
             number = 3
         """)
     )
-    (tmp_path / "p7_broken_module.py").write_text("import p7_nowhere\n")
+    (tmp_path / "flower_broken_module.py").write_text("import nowhere_to_be_found\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert isinstance(load_app("p7_app_module:client"), ClientApp)
-    assert isinstance(FlowerApp(app="p7_app_module:client").app, ClientApp)
+    assert isinstance(load_app("flower_app_module:client"), ClientApp)
+    assert isinstance(FlowerApp(app="flower_app_module:client").app, ClientApp)
     for path, error in (
-        ("p7_app_module", "must be 'module:attribute'"),
-        ("p7_app_modul:client", "No module named 'p7_app_modul'"),
-        ("p7_app_module:clinet", "has no 'clinet'; did you mean 'client'"),
-        ("p7_app_module:number", "is a int, not a flwr.clientapp.ClientApp"),
-        ("p7_broken_module:client", "No module named 'p7_nowhere'"),
+        ("flower_app_module", "must be 'module:attribute'"),
+        ("flower_app_modul:client", "No module named 'flower_app_modul'"),
+        ("flower_app_module:clinet", "has no 'clinet'; did you mean 'client'"),
+        ("flower_app_module:number", "is a int, not a flwr.clientapp.ClientApp"),
+        ("flower_broken_module:client", "No module named 'nowhere_to_be_found'"),
     ):
         with pytest.raises(UserError, match=error):
             load_app(path)

@@ -73,16 +73,20 @@ def test_every_kind_of_attribute_comes_back():
 
 def test_a_capture_is_a_copy():
     strategy = FedAdam()
-    strategy.m_t = {"w": np.zeros(2)}
+    strategy.m_t, strategy.eta = {"w": np.zeros(2)}, torch.ones(2)
     state = capture(strategy)
     strategy.m_t["w"] += 5
+    strategy.eta += 5
     fresh = FedAdam()
     restore(fresh, state)
     assert fresh.m_t["w"].tolist() == [0, 0]
+    assert fresh.eta.tolist() == [1, 1]
     fresh.m_t["w"] += 1
+    fresh.eta += 1
     again = FedAdam()
     restore(again, state)
     assert again.m_t["w"].tolist() == [0, 0]
+    assert again.eta.tolist() == [1, 1]
 
 
 def test_a_wrapped_strategy_and_an_adaptive_bound_come_back():
