@@ -70,6 +70,7 @@ def test_windows_equal_a_naive_loop_and_test_text_is_never_trained_on(window, st
 
 
 def test_speakers_with_few_windows_are_left_out(tmp_path):
+    assert load(tmp_path, min_samples=3).client_names == ("ANN", "BOB")  # BOB has three
     assert load(tmp_path, min_samples=4).client_names == ("ANN",)
     assert set(load(tmp_path, min_samples=4).client) == {0}
 
