@@ -164,6 +164,8 @@ class Live(Observer):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._stop()
+        if done >= total:  # a resumed run that has its rounds
+            return
         self._progress = Progress(
             TextColumn("round"),
             MofNCompleteColumn(),

@@ -82,20 +82,24 @@ def amend(saved: Config, overrides: Sequence[str], allowed: Sequence[str] = RESU
     after_task = [*(text for text in before_task if parse(text).key not in keys), *overrides]
     folder = saved.hydra.runtime.config_dir
     config_dir = None if folder is None else Path(folder)
-    before, after = (_flat(plain(compose(task, config_dir=config_dir))) for task in (before_task, after_task))
-    stored = _flat(plain(saved))
+    old, new = (compose(task, config_dir=config_dir) for task in (before_task, after_task))
+    before, after, stored = _flat(plain(old)), _flat(plain(new)), _flat(plain(saved))
     changed = {k for k in before.keys() | after.keys() if k not in before or k not in after or before[k] != after[k]}
     changed = {k for k in changed if k not in stored or k not in after or stored[k] != after[k]}
     refused = sorted(k for k in changed if not any(k == a or k.startswith(f"{a}.") for a in allowed))
     if "hydra.run.dir" in keys:
         raise UserError("a resumed run goes on in its own folder: leave hydra.run.dir out")
     if refused:
-        pairs = ", ".join(f"{k} is {stored.get(k, 'absent')!r}, asked {after.get(k, 'absent')!r}" for k in refused)
-        raise UserError(f"a resumed run keeps its config, but {', '.join(allowed)} may change; these differ: {pairs}")
+        chosen, asked = saved.hydra.runtime.choices, new.hydra.runtime.choices
+        groups = [name for name in asked if chosen.get(name) != asked[name]]
+        pairs = [f"{name}={chosen.get(name)}, asked {asked[name]}" for name in groups]
+        single = [k for k in refused if k.split(".")[0] not in groups]
+        pairs += [f"{k}={stored.get(k)}, asked {after.get(k)}" for k in single]
+        raise UserError(f"a resumed run keeps its config but for {', '.join(allowed)}; differs: {'; '.join(pairs)}")
     tree = cast(dict[str, Any], plain(saved))
     for name in allowed:
         if any(k == name or k.startswith(f"{name}.") for k in changed):
-            _replace(tree, name.split("."), plain(compose(after_task, config_dir=config_dir)))
+            _replace(tree, name.split("."), plain(new))
     return from_tree(tree)
 
 

@@ -296,9 +296,9 @@ def test_resume_takes_what_may_change(run_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["partition.alpha=0.5"], ["partition.alpha is 0.1, asked 0.5"]),
-        (["seed=1", "num_rounds=200"], ["seed is 0, asked 1"]),
-        (["strategy=fedavg"], ["strategy._target_", "client._target_"]),
+        (["partition.alpha=0.5"], ["differs: partition.alpha=0.1, asked 0.5"]),
+        (["seed=1", "num_rounds=200"], ["differs: seed=0, asked 1"]),
+        (["strategy=fedavg"], ["strategy=fedld, asked fedavg", "client=margin, asked sgd"]),
         (["hydra.run.dir=elsewhere"], ["hydra.run.dir"]),
         (["num_rounds=x"], ["num_rounds must be an integer"]),
         (["num_round=200"], ["did you mean 'num_rounds'"]),
@@ -309,7 +309,8 @@ def test_resume_refuses_what_may_not(run_folder: Path, overrides: list[str], par
     with pytest.raises(UserError) as caught:
         amend(load(run_folder), overrides)
     assert all(part in str(caught.value) for part in parts)
-    assert "num_rounds is" not in str(caught.value)
+    assert "num_rounds=" not in str(caught.value)
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize("text", [None, "a: [1", "3", "", "seed: 1\n", "hydra: 3\n", "\x00"])

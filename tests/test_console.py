@@ -116,6 +116,15 @@ def test_live_gives_the_cursor_back_after_an_error() -> None:
     assert stream.getvalue().count("\033[?25h") == 1
 
 
+def test_live_draws_no_bar_for_a_run_that_has_its_rounds() -> None:
+    stream = Terminal()
+    with Live(console=Console(file=stream, force_terminal=True, width=80)) as observer:
+        observer.start(60, 144)
+        observer.finish(SUMMARY)
+    assert "144/60" not in stream.getvalue()
+    assert "94.72 %" in stream.getvalue()
+
+
 def test_silent_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     tell(Silent())
     assert capsys.readouterr() == ("", "")
