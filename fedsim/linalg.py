@@ -120,12 +120,27 @@ def _sorted(block: Tensor) -> Tensor:
     return columns.sort(dim=1).values
 
 
+def row_norms(updates: Tensor) -> Tensor:
+    """Return ‖x_k‖ (K,) in float64 of updates (K, D), whose squares may overflow or underflow their precision."""
+    squares = _square_norms(updates).double()  # (K,)
+    for row in torch.nonzero(~(torch.isfinite(squares) & (squares > 1e-24))).flatten().tolist():
+        squares[row] = updates[row].double().square().sum()
+    return squares.sqrt()
+
+
+def _square_norms(updates: Tensor) -> Tensor:
+    if updates.device.type == "cpu" and len(updates):
+        return torch.stack([torch.dot(row, row) for row in updates])  # (K,) vecdot writes all products first
+    squares: Tensor = torch.linalg.vecdot(updates, updates)  # (K,)
+    return squares
+
+
 def finite_rows(updates: Tensor) -> Tensor:
     """Return which rows of updates (K, D) hold neither a NaN nor an infinity, (K,) bool.
 
     Row norms answer for all but overflowing rows: `isfinite` of the matrix costs three Gram products.
     """
-    finite = torch.isfinite(torch.linalg.vecdot(updates, updates))  # (K,)
+    finite = torch.isfinite(_square_norms(updates))  # (K,)
     for row in torch.nonzero(~finite).flatten().tolist():
         finite[row] = torch.isfinite(updates[row]).all()
     return finite
@@ -148,6 +163,17 @@ def mean_around_median(columns: Tensor, kept: int) -> Tensor:
     below = median - columns[:, : count - kept + 1]  # (d, f+1) distance of each window's lower end
     above = columns[:, kept - 1 :] - median  # (d, f+1) and of its upper end
     first = below.maximum(above).argmin(1, keepdim=True)  # (d, 1)
+    return window_means(columns, kept).gather(1, first)[:, 0]
+
+
+def window_means(columns: Tensor, length: int) -> Tensor:
+    """Return the means (d, K − length + 1) of all runs of `length` neighbours in columns (d, K).
+
+    One product with a banded matrix: running sums would carry an attacker's huge value into every later window.
+    """
+    count = columns.shape[1]
     position = torch.arange(count, device=columns.device)  # (K,)
-    inside = (position >= first) & (position < first + kept)  # (d, K)
-    return torch.where(inside, columns, 0.0).sum(1) / kept
+    start = position[: count - length + 1]  # (K − length + 1,)
+    band = (position[:, None] >= start) & (position[:, None] < start + length)  # (K, K − length + 1)
+    with full_precision(columns.device):
+        return columns @ (band.to(columns) / length)

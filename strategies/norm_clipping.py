@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
-from fedsim.linalg import combine, proportions
+from fedsim.linalg import combine, proportions, row_norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,7 @@ class NormClipping:
 
     def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
         """Return the mean (D,) of the clipped updates; the share of clients clipped is a metric."""
-        # squares of float32 entries beyond 1e19 overflow float32
-        norms = torch.linalg.vector_norm(cohort.rows, dim=1, dtype=torch.float64)  # (K,)
+        norms = row_norms(cohort.rows)  # (K,)
         factor = (self.max_norm / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1)  # (K,)
         share = proportions(cohort.weights).to(norms.device)  # (K,)
         return combine(share * factor, cohort.rows), state, {"clipped_fraction": (factor < 1).double().mean()}

@@ -56,4 +56,6 @@ class TrimmedMean:
         """Return the trimmed mean (D,)."""
         count = len(cohort)
         trimmed = min(self.num_byzantine, (count - 1) // 2)
-        return reduce_columns(cohort.rows, lambda x: x[:, trimmed : count - trimmed].mean(1)), state, {}
+        kept = count - 2 * trimmed
+        share = cohort.rows.new_full((kept,), 1 / kept)  # (K − 2f,)
+        return reduce_columns(cohort.rows, lambda x: x[:, trimmed : count - trimmed] @ share), state, {}
