@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
+from fedsim.quantities import duration, flat, label, show
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
@@ -234,74 +236,3 @@ def _scores(row: Row) -> list[str]:
     """Return accuracy and loss, where they are known, in a width that does not jump."""
     known = [(name, row[name]) for name in ("accuracy", "loss") if row.get(name) is not None]
     return [f"{name} {f'{value:.4f}' if name == 'loss' else show(name, value)}" for name, value in known]
-
-
-def flat(summary: Row, prefix: str = "") -> list[tuple[str, Any]]:
-    """Return (dotted name, value) of nested mappings; lists are left to summary.json."""
-    found: list[tuple[str, Any]] = []
-    for name, value in summary.items():
-        if isinstance(value, Mapping):
-            found += flat(value, f"{prefix}{name}.")
-        elif value is not None and not isinstance(value, (list, tuple)):
-            found.append((prefix + name, value))
-    return found
-
-
-def label(name: str) -> str:
-    """Return a summary key as words.
-
-    >>> label("test.worst_accuracy")
-    'test worst accuracy'
-    """
-    return name.replace(".", " ").replace("_", " ")
-
-
-def show(name: str, value: Any) -> str:
-    """Return a value as a person reads it, by the kind of quantity its name says.
-
-    >>> show("accuracy", 0.91234), show("loss", 0.000123456), show("seconds", 75.2), show("bytes_up", 2_500_000)
-    ('91.23 %', '0.0001235', '1 min 15 s', '2.5 MB')
-    """
-    if value is None:
-        return "-"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    words = name.replace(".", "_").split("_")
-    if not math.isfinite(value):
-        return str(value)
-    if "accuracy" in words or "recall" in words:
-        return f"{100 * value:.2f} %"
-    if "seconds" in words:
-        return duration(value)
-    if "bytes" in words:
-        return size(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in words.
-
-    >>> duration(0.0421), duration(3.27), duration(59.7), duration(125), duration(7384)
-    ('42 ms', '3.3 s', '1 min 0 s', '2 min 5 s', '2 h 3 min')
-    """
-    if seconds < 0.9995:
-        return f"{1000 * seconds:.0f} ms"
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def size(num_bytes: float) -> str:
-    """Return a number of bytes with a decimal prefix.
-
-    >>> size(999), size(1000), size(3.21e9)
-    ('999 B', '1.0 kB', '3.2 GB')
-    """
-    for prefix in ("", "k", "M", "G", "T"):
-        if abs(num_bytes) < 1000 or prefix == "T":
-            break
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} {prefix}B" if prefix else f"{num_bytes:.0f} B"

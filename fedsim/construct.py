@@ -58,8 +58,8 @@ def _import(module: str, path: str, key: str, parent: types.ModuleType | None = 
         name = module.rpartition(".")[2]
         if parent is None:
             raise UserError(f"{key}={path} does not exist: no module named {name!r}") from error
-        public = [n for n, v in vars(parent).items() if callable(v) and getattr(v, "__module__", "") == parent.__name__]
-        hint = did_you_mean(name, public)
+        near = did_you_mean(name, [n for n, value in vars(parent).items() if callable(value) and n[0] != "_"])
+        hint = near if "did you mean" in near else ""
         raise UserError(f"{key}={path} does not exist: no {name!r} in {parent.__name__}{hint}") from error
     except Exception as error:  # whatever a user's module does while it is imported
         raise UserError(f"{key}={path} cannot be imported: {type(error).__name__}: {error}") from error

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from fedsim import console
-from fedsim.console import Live, Observer, Plain, Silent, open_observer, show
+from fedsim.console import Live, Observer, Plain, Silent, open_observer
+from fedsim.quantities import show
 
 SUMMARY = {"accuracy": 0.94722, "rounds": 40, "clients": {"worst_accuracy": 0.5}, "per_class": [1, 2], "seconds": None}
 

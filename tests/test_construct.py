@@ -137,6 +137,7 @@ def test_partial_binds_and_checks() -> None:
         ("no.such.Class", "no module named 'no'"),
         ("fedsim.nix.Class", "no 'nix' in fedsim"),
         ("fedsim.settings.Rum", "no 'Rum' in fedsim.settings; did you mean 'Run'?"),
+        ("torch.nn.Liner", "no 'Liner' in torch.nn; did you mean 'Linear'?"),
         ("fractions.Fraction.nix", "has no 'nix'"),
         ("fedsim.errors.annotations", "is a _Feature, not a class or function"),
         ("Run", "must be a dotted path"),
