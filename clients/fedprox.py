@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedsim.clients.cross_entropy import sample_losses
+from fedsim.clients.cross_entropy import CrossEntropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,4 +34,4 @@ class FedProx:
 
     def criterion(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Return the loss (…) without the proximal term, from logits (…, B, C), targets and weights (…, B)."""
-        return (weights * sample_losses(logits, targets)).sum(-1)  # (…)
+        return CrossEntropy().criterion(logits, targets, weights)  # (…)

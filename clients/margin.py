@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedsim.clients.cross_entropy import sample_losses
+from fedsim.clients.cross_entropy import CrossEntropy
 
 REDUCTIONS = ("batch", "sample")
 
@@ -43,7 +43,7 @@ class Margin:
 
     def criterion(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Return the loss (…) of logits (…, B, C), targets (…, B) and weights (…, B): 1/b, and 0 for padding."""
-        losses = (weights * sample_losses(logits, targets)).sum(-1)  # (…)
+        losses = CrossEntropy().criterion(logits, targets, weights)  # (…)
         if self.margin_lambda == 0:
             return losses
         squares = logits.softmax(-1).square().sum(-1)  # (…, B) ‖P_b‖²
