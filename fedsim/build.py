@@ -21,11 +21,12 @@ from fedsim.construct import locate
 from fedsim.contracts import Dataset, LinearRule, Partition
 from fedsim.data.check import check_dataset
 from fedsim.data.splits import ClientSplits, split_clients, validation_split
-from fedsim.engine.sequential import BUFFER, LOCAL, Sequential
+from fedsim.engine.sequential import Sequential
 from fedsim.engine.store import ClientStore
-from fedsim.engine.task import Engine, Task
+from fedsim.engine.task import BUFFER, LOCAL, Engine, Task
 from fedsim.errors import UserError
-from fedsim.experiment import Experiment
+from fedsim.experiment import Experiment, cohort_size
+from fedsim.flower.client import FlowerApp
 from fedsim.layout import Layout
 from fedsim.local import LocalTraining
 from fedsim.loop import CheckpointCost
@@ -56,26 +57,36 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     parts = parts or {}
     run = settings(config)
     device, dtype = _machine(run)
-    dataset, partition, splits = data(config, parts)
-    strategy = parts.get("strategy") or instantiate(config.strategy)
+    dataset, partition, local = data(config, parts)
+    splits = local.at(dataset.splits["train"])
+    strategy = parts.get("strategy") or _strategy(config, splits, run)
     client, training = _client(config, parts)
     model, names = _model(config, parts, dataset, run, strategy)
-    task = _task(dataset, splits, model.to(device, dtype), names, (client, training), strategy, run)
+    train = splits.train
+    if getattr(strategy, "pooled", False):
+        train = Partition(train.indices, np.array([0, len(train.indices)]))
+    task = _task(dataset, train, model.to(device, dtype), names, (client, training), run)
     initial, buffers = _initial(model, names.shared), _initial_buffers(model, names.buffers)
     engine = _engine(config, task)  # from here on the module's tensors are the engine's
     sampler = parts.get("sampler") or instantiate(_without(config.sampler, "seed"), "sampler")
     evaluation = parts.get("metrics") or instantiate(config.metrics)
     experiment = Experiment(
-        settings=run, dataset=dataset, partition=partition, splits=splits, task=task, engine=engine, strategy=strategy, sampler=sampler,
-        evaluation=evaluation, initial=initial, initial_buffers=buffers, sampler_seed=_seed(config.sampler.seed, run), plan={}, config={},
+        settings=run, dataset=dataset, partition=partition, local=local, splits=splits, task=task, engine=engine,
+        strategy=strategy, sampler=sampler, evaluation=evaluation, initial=initial, initial_buffers=buffers,
+        sampler_seed=_seed(config.sampler.seed, run), plan={}, config={},
     )  # fmt: skip
+    if isinstance(client, FlowerApp):
+        clients = client.clients(
+            task.shared, splits.train.num_clients, seed=run.seed, on_client_error=run.on_client_error
+        )
+        experiment = replace(experiment, foreign=clients)
     experiment = _plan(experiment, config)
     _check_cohort(experiment)
     return experiment
 
 
 def data(config: Config, parts: Parts | None = None) -> tuple[Dataset, Partition, ClientSplits]:
-    """Load the data and draw the partition: all that `fedsim partition` needs."""
+    """Load the data and draw the partition; both its parts hold positions into the training split."""
     parts = parts or {}
     run = settings(config)
     dataset = parts.get("data")
@@ -89,30 +100,27 @@ def data(config: Config, parts: Parts | None = None) -> tuple[Dataset, Partition
             _without(config.partition, "seed", "held_out_clients", "local_validation", "local_test"), "partition"
         )
         train = dataset.splits["train"]
-        natural = dataset.domain if getattr(partitioner, "by", "client") == "domain" else dataset.client
-        drawn = partitioner(
-            dataset.y.numpy()[train], generator(seed, "partition"), None if natural is None else natural[train]
-        )
-        partition = Partition(train[drawn.indices], drawn.offsets)
-        if hasattr(partitioner, "corrupt"):
-            dataset = partitioner.corrupt(dataset, partition, generator(seed, "corrupt"))
-        splits = split_clients(
-            partition, dataset.y.numpy(), held_out_clients=config.partition.held_out_clients,
+        column = dataset.domain if getattr(partitioner, "natural_from", "client") == "domain" else dataset.client
+        labels = dataset.y.numpy()[train]
+        drawn = partitioner(labels, generator(seed, "partition"), None if column is None else column[train])
+        local = split_clients(
+            drawn, labels, held_out_clients=config.partition.held_out_clients,
             local_validation=config.partition.local_validation, local_test=config.partition.local_test, seed=seed,
         )  # fmt: skip
+        if hasattr(partitioner, "corrupt"):
+            touched = local.at(train).join(*getattr(partitioner, "corrupts", ("train", "validation", "test")))
+            dataset = partitioner.corrupt(dataset, touched, generator(seed, "corrupt"))
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"partition: {error}") from error
-    return dataset, partition, splits
+    return dataset, drawn, local
 
 
 def _machine(run: Run) -> tuple[torch.device, torch.dtype]:
     """Return device and dtype, and make kernels deterministic there."""
-    if run.device == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    else:
-        name = run.device
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    name = automatic if run.device == "auto" else run.device
     if name.startswith("cuda"):
         if not torch.cuda.is_available():
             raise UserError(f"device={run.device}: this machine has no CUDA device; use device=cpu")
@@ -126,6 +134,13 @@ def _machine(run: Run) -> tuple[torch.device, torch.dtype]:
     return torch.device(name), getattr(torch, run.dtype)
 
 
+def _strategy(config: Config, splits: ClientSplits, run: Run) -> Any:
+    node = plain(config.strategy)
+    if "num_sampled_clients" in node and node["num_sampled_clients"] is None:  # Flower's DP wrappers want it at once
+        node["num_sampled_clients"] = cohort_size(run.fraction, int((splits.train.sizes > 0).sum()))
+    return instantiate(node, "strategy")
+
+
 def _client(config: Config, parts: Parts) -> tuple[Any, LocalTraining]:
     node = plain(config.client)
     mine = {name: node.pop(name) for name in TRAINING if name in node}
@@ -136,9 +151,7 @@ def _client(config: Config, parts: Parts) -> tuple[Any, LocalTraining]:
     return objective, training
 
 
-def _model(
-    config: Config, parts: Parts, dataset: Dataset, run: Run, strategy: Any
-) -> tuple[nn.Module, Parameters]:
+def _model(config: Config, parts: Parts, dataset: Dataset, run: Run, strategy: Any) -> tuple[nn.Module, Parameters]:
     node = plain(config.model)
     shared = {name: node.pop(name, None) for name in ("seed", "init", "trainable", "local")}
     given = parts.get("model")
@@ -167,8 +180,8 @@ def _takes(target: Any, name: str) -> bool:
 
 
 def _task(
-    dataset: Dataset, splits: ClientSplits, model: nn.Module, names: Parameters, client: tuple[Any, LocalTraining],
-    strategy: Any, run: Run,
+    dataset: Dataset, partition: Partition, model: nn.Module, names: Parameters, client: tuple[Any, LocalTraining],
+    run: Run,
 ) -> Task:  # fmt: skip
     parameter = next(model.parameters())
     x = dataset.x.to(parameter.device, parameter.dtype if dataset.x.is_floating_point() else dataset.x.dtype)
@@ -177,12 +190,9 @@ def _task(
     first = {LOCAL + name: own[name].detach().clone() for name in names.local.names}
     if run.buffers == "client":
         buffers = dict(model.named_buffers())
-        first |= {"buffer/" + name: buffers[name].detach().clone() for name in names.buffers.names}
+        first |= {BUFFER + name: buffers[name].detach().clone() for name in names.buffers.names}
     if hasattr(objective, "init_client"):
         first |= objective.init_client(names.shared)
-    partition = splits.train
-    if getattr(strategy, "pooled", False):
-        partition = Partition(partition.indices, np.array([0, len(partition.indices)]))
     try:
         work = _probe(model, x, dataset.num_classes) * (training.batch_size or int(partition.sizes.max()))
     except Exception as error:
@@ -192,7 +202,7 @@ def _task(
     return Task(
         module=model, shared=names.shared, local=names.local, buffers=names.buffers, objective=objective,
         training=training, x=x, y=dataset.y.to(x.device), partition=partition,
-        store=ClientStore(splits.train.num_clients, first), seed=run.seed, augment=dataset.augment,
+        store=ClientStore(partition.num_clients, first), seed=run.seed, augment=dataset.augment,
     )  # fmt: skip
 
 
@@ -206,7 +216,7 @@ def _probe(model: nn.Module, x: Tensor, num_classes: int) -> float:
     if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"it must return logits of shape {expected}, got {got}")
-    return counter.get_total_flops() / len(x[:2])
+    return float(counter.get_total_flops()) / len(x[:2])
 
 
 def _num_cores() -> int:
@@ -284,6 +294,8 @@ def _needs_rows(experiment: Experiment, evaluation: Evaluation) -> str | None:
 def _check_cohort(experiment: Experiment) -> None:
     if not len(experiment.participants):
         raise UserError("partition: no client may train: all are held out or have no samples")
+    if not experiment.task.shared.size and not hasattr(experiment.strategy, "local_parameters"):
+        raise UserError("model.local keeps every parameter with the clients: nothing is shared; use strategy=local")
     rule = experiment.strategy
     if hasattr(rule, "check"):
         try:
@@ -304,6 +316,3 @@ def _seed(own: int | None, run: Run) -> int:
 def _without(node: Config, *names: str) -> dict[str, Any]:
     """Return a group's own arguments, without the ones that all of its choices share."""
     return {name: value for name, value in plain(node).items() if name not in names}
-
-
-__all__ = ["BUFFER", "build", "data"]

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from fedsim.quantities import duration, flat, label, show
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 
-class Observer(Protocol):
-    """Told what happens; must not influence the run."""
+class Observer:
+    """Told what happens, and does nothing with it unless a method is overridden; must not influence the run."""
 
     def plan(self, line: str) -> None:
         """Hear once, before round 1, how the run will be done."""
@@ -42,10 +42,6 @@ class Observer(Protocol):
 
     def finish(self, summary: Row) -> None:
         """Hear the results, once, at the end."""
-
-
-class Silent(Observer):
-    """Says nothing: for use from Python."""
 
 
 def open_observer(stream: TextIO | None = None) -> Plain | Live:

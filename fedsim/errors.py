@@ -1,4 +1,4 @@
-"""Errors that a person caused and can mend: shown as one line, exit code 2."""
+"""Errors that the parts share: what a person caused and can mend (exit code 2), and a client that failed (1)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """Something wrong in what the user gave: grammar, names, types, values, files, an impossible partition."""
+
+
+class ClientError(RuntimeError):
+    """A client raised while it trained; the cause or the notes carry its traceback."""
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

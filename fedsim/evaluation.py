@@ -11,8 +11,7 @@ from torch import Tensor
 from fedsim.contracts import Cohort, Dataset, Partition
 from fedsim.data.splits import ClientSplits
 from fedsim.engine.evaluate import predict
-from fedsim.engine.sequential import LOCAL
-from fedsim.engine.task import Task
+from fedsim.engine.task import LOCAL, Task
 from fedsim.local import Int64
 from fedsim.metrics.budget import Evaluation
 from fedsim.metrics.calibration import expected_calibration_error
@@ -57,7 +56,9 @@ class Evaluator:
         self.task, self.splits, self.settings = task, splits, settings
         self.num_classes = dataset.num_classes
         self.server = {
-            name: self._put(positions) for name, positions in dataset.splits.items() if name != "train" and len(positions)
+            name: self._put(positions)
+            for name, positions in dataset.splits.items()
+            if name != "train" and len(positions)
         }
         self.test = self._put(splits.test.indices)
         labels = dataset.y.numpy()
@@ -149,7 +150,7 @@ class Evaluator:
         local, everywhere = [], []
         for k, client in enumerate(cohort.clients.tolist()):
             w = cohort.models[int(cohort.received[k])] + rows[k]  # (D,)
-            mine = self._put(self.splits.train.of(client))
+            mine = self._put(self.task.partition.of(client))
             local.append(predict(self.task, w, mine, buffers=buffers).loss.double().mean())
             everywhere.append(predict(self.task, w, self.pool, buffers=buffers).loss.double().mean())
         total = predict(self.task, weights, self.pool, buffers=buffers).loss.double().mean()
@@ -157,7 +158,7 @@ class Evaluator:
 
     def train_losses(self, weights: Tensor, buffers: Tensor, clients: Int64) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Return the global model's mean loss (n,) on the training samples of clients (n,)."""
-        data = self.splits.train
+        data = self.task.partition
         positions = np.concatenate([data.of(int(k)) for k in clients])
         result = predict(self.task, weights, self._put(positions), buffers=buffers)
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(data.sizes[clients])])).to(self.task.device)

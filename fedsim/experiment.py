@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +24,9 @@ class Experiment:
 
     settings: Run
     dataset: Dataset
-    partition: Partition  # of the training samples, before it is split
-    splits: ClientSplits
+    partition: Partition  # as drawn, positions into the training split
+    local: ClientSplits  # its parts, likewise
+    splits: ClientSplits  # the same as positions into the data
     task: Task
     engine: Engine
     strategy: Any  # a fedsim rule, or a Flower strategy
@@ -40,10 +42,15 @@ class Experiment:
 
     @property
     def participants(self) -> Int64:
-        """Clients that may train: not held out, and with samples. Ascending ids."""
-        return np.flatnonzero(~self.splits.held_out & (self.task.partition.sizes > 0))
+        """Clients that may train: those with training samples; held-out ones have none. Ascending ids."""
+        return np.flatnonzero(self.task.partition.sizes > 0)
 
     @property
     def cohort_size(self) -> int:
-        """Clients drawn a round: `fraction` of those that may train, at least one."""
-        return max(1, round(self.settings.fraction * len(self.participants)))
+        """Clients drawn a round."""
+        return cohort_size(self.settings.fraction, len(self.participants))
+
+
+def cohort_size(fraction: float, num_clients: int) -> int:
+    """Return the clients drawn a round: `fraction` of those that may train, halves upward, at least one."""
+    return max(1, math.floor(fraction * num_clients + 0.5))

@@ -17,11 +17,11 @@ from fedsim import checkpoint
 from fedsim.backend import EngineBackend
 from fedsim.console import Observer
 from fedsim.contracts import Cohort, LinearRule, State
-from fedsim.engine.rounds import Trainer
+from fedsim.engine.rounds import AllUpdatesBad, Trainer
 from fedsim.evaluation import ClientFigures, Evaluator
 from fedsim.experiment import Experiment
 from fedsim.flower.grid import SimulationGrid
-from fedsim.flower.state import capture, restore
+from fedsim.flower.state import capture, initial_parts, restore
 from fedsim.flower.strategy import RuleStrategy, aggregate
 from fedsim.local import Int64
 from fedsim.metrics.budget import Due
@@ -30,10 +30,6 @@ from fedsim.metrics.drift import drift_of_rows, drift_of_sums
 from fedsim.metrics.records import ClientLog, RoundLog
 from fedsim.rng import generator
 from fedsim.samplers import Pool
-
-
-class AllUpdatesBad(RuntimeError):
-    """No client of a round sent a finite update."""
 
 
 class Loop:
@@ -59,8 +55,9 @@ class Loop:
         self.evaluator = Evaluator(self.task, experiment.dataset, experiment.splits, experiment.evaluation)
         self.strategy = self._strategy()
         self.backend = self._backend()
+        served: Any = experiment.foreign or self.backend
         self.grid = SimulationGrid(
-            experiment.foreign or self.backend,
+            served,
             seed=self.settings.seed,
             on_client_error=self.settings.on_client_error,
         )
@@ -71,6 +68,7 @@ class Loop:
     def _strategy(self) -> Any:
         strategy = self.experiment.strategy
         if not callable(strategy):  # a Flower strategy: it has methods, and is none
+            self._new = initial_parts(strategy)
             return strategy
         return RuleStrategy(strategy, num_clients=len(self.experiment.participants), seed=self.settings.seed)
 
@@ -78,7 +76,7 @@ class Loop:
         rule = self.experiment.strategy
         streamed = self.experiment.plan["rows"] == "streamed"
         return EngineBackend(
-            Trainer(self.experiment.engine, self.settings.on_bad_update),
+            Trainer(self.experiment.engine, self.settings.on_bad_update, self.settings.on_client_error),
             buffers=self.experiment.initial_buffers,
             average_buffers=self.settings.buffers == "average",
             test=self.experiment.splits.test,
@@ -122,6 +120,7 @@ class Loop:
         self.grid.cohort = self.cohort_of(round)
         train = self._train_seconds()
         weights, metrics = aggregate(self.strategy, round, self.weights, self.grid)
+        self._warn(round)
         weights = weights.to(self.task.device, self.task.dtype)
         if not bool(torch.isfinite(weights).all()):
             raise AllUpdatesBad(f"round {round}: the new model is not finite; the run keeps that of round {self.round}")
@@ -144,14 +143,24 @@ class Loop:
         self.times.append(round, {f"seconds_{name}": seconds for name, seconds in times.items()})
         self.observer.round({**row, "round": round, "seconds": ended - started})
 
+    def _warn(self, round: int) -> None:
+        """Say whose updates were left out."""
+        trainer = self.backend.trainer
+        if trainer.bad:
+            self.observer.warn(f"round {round}: the update of client {_some(trainer.bad)} is not finite; it is left out")
+        for client, what in trainer.failures.items():
+            self.observer.warn(f"round {round}: client {client} failed and is left out: {what}")
+
     def _train_seconds(self) -> float:
         return self.backend.trainer.seconds
 
-    def _measure(self, due: Due, delta: Tensor, metrics: Mapping[str, Any]) -> tuple[dict[str, Any], ClientFigures | None]:
+    def _measure(
+        self, due: Due, delta: Tensor, metrics: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], ClientFigures | None]:
         evaluator, buffers = self.evaluator, self.backend.buffers
-        cohort = self.backend.cohort
+        cohort = self._cohort()
         row: dict[str, Any] = {}
-        known = {}
+        known: dict[str, Any] = {}
         if due.server:
             known |= evaluator.global_figures(self.weights, buffers)
         clients = evaluator.client_figures(self.weights, buffers) if due.clients else None
@@ -159,7 +168,11 @@ class Loop:
             known |= clients.figures
         known = {name: float(value) for name, value in known.items()}
         self.last_known |= known
-        row |= {"accuracy": self.last_known.get("accuracy"), "loss": self.last_known.get("loss"), "evaluated": due.server}
+        row |= {
+            "accuracy": self.last_known.get("accuracy"),
+            "loss": self.last_known.get("loss"),
+            "evaluated": due.server,
+        }
         row |= known
         if cohort is not None:
             row |= self._cohort_figures(cohort, delta)
@@ -168,10 +181,16 @@ class Loop:
         row |= {name: value for name, value in metrics.items() if not isinstance(value, Tensor) or value.dim() == 0}
         return row, clients
 
+    def _cohort(self) -> Cohort | None:
+        """Return this round's cohort; a Flower strategy over a foreign app never makes one."""
+        if self.experiment.foreign is None:
+            return self.backend.cohort
+        return self.strategy.cohort if isinstance(self.strategy, RuleStrategy) else None
+
     def _cohort_figures(self, cohort: Cohort, delta: Tensor) -> dict[str, Any]:
         row: dict[str, Any] = {
             "num_participants": len(cohort),
-            "num_dropped": self.backend.trainer.dropped,
+            "num_dropped": self.backend.trainer.dropped + len(self.backend.trainer.failures),
             "lr": self.task.training.rate(self.round),
         }
         losses = cohort.extras.get("train_loss")
@@ -203,7 +222,7 @@ class Loop:
     def _record(self, row: Mapping[str, Any], evaluated: ClientFigures | None) -> None:
         columns = {name: value for name, value in row.items() if not isinstance(value, Tensor) or value.dim() == 0}
         self.rounds.append(self.round, columns)
-        cohort = self.backend.cohort
+        cohort = self._cohort()
         if cohort is None or not self.experiment.evaluation.per_client:
             return
         mine: dict[str, Any] = {"num_samples": cohort.weights, "num_steps": cohort.num_steps}
@@ -239,7 +258,7 @@ class Loop:
     def state(self) -> State:
         """Return everything that the next round depends on."""
         touched, kept = self.task.store.rows()
-        rule = self.strategy.state if isinstance(self.strategy, RuleStrategy) else capture(self.strategy)
+        rule = self.strategy.state if isinstance(self.strategy, RuleStrategy) else capture(self.strategy, self._new)
         return {
             "weights": self.weights,
             "buffers": self.backend.buffers,
@@ -256,6 +275,8 @@ class Loop:
     def save(self) -> None:
         """Write a checkpoint of the rounds done."""
         self.clients.flush()
+        self.rounds.sync()
+        self.times.sync()
         checkpoint.save(self.folder / "checkpoints", self.round, self.state(), keep=self.settings.checkpoint.keep)
 
     def load(self) -> None:
@@ -290,6 +311,11 @@ def _scatter(everyone: Int64, ids: Int64, columns: Mapping[str, Any]) -> dict[st
         column[where] = torch.as_tensor(values).double().cpu().numpy()
         table[name] = column
     return table
+
+
+def _some(clients: list[int], most: int = 10) -> str:
+    """List clients, the first ones of many."""
+    return ", ".join(map(str, clients[:most])) + (f" and {len(clients) - most} more" if len(clients) > most else "")
 
 
 def _to(value: Any, device: torch.device) -> Any:

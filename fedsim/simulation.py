@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from fedsim.build import build, data
 from fedsim.config import Config, compose, to_yaml
-from fedsim.console import Observer, Silent
-from fedsim.data.splits import save_partition
-from fedsim.engine.rounds import BadUpdate
+from fedsim.console import Observer
 from fedsim.contracts import Dataset, Partition
-from fedsim.errors import UserError
+from fedsim.data.splits import save_partition
+from fedsim.engine.rounds import AllUpdatesBad, BadUpdate
+from fedsim.errors import ClientError, UserError
 from fedsim.experiment import Experiment
 from fedsim.files import atomic
-from fedsim.flower.replies import ClientError
 from fedsim.folder import locked
-from fedsim.loop import AllUpdatesBad, Loop
+from fedsim.local import Int64
+from fedsim.loop import Loop
 from fedsim.metrics.records import RoundLog, write_json
 from fedsim.metrics.skew import label_counts, skew
 from fedsim.partition.picture import draw
@@ -78,7 +78,7 @@ def simulate(*overrides: str, observer: Observer | None = None, **settings: Any)
             continue
         key = "hydra.run.dir" if name == "folder" else name
         given.append(f"{key}={_override(value)}")
-    return run(compose(given), observer or Silent(), parts)
+    return run(compose(given), observer or Observer(), parts)
 
 
 def _override(value: Any) -> str:
@@ -160,7 +160,7 @@ def _describe(experiment: Experiment, config: Config, folder: Path, parts: Mappi
         config.hydra.parts = sorted(parts)
     _write_config(config, folder)
     write_json(folder / "plan.json", experiment.plan)
-    save_partition(folder / "partition.npz", experiment.partition, experiment.splits)
+    save_partition(folder / "partition.npz", experiment.partition, experiment.local)
 
 
 @contextlib.contextmanager
@@ -179,7 +179,9 @@ def _storage(folder: Path) -> Any:
         raise
 
 
-def _drive(experiment: Experiment, folder: Path, observer: Observer, started: float, *, resumed: bool = False) -> Result:
+def _drive(
+    experiment: Experiment, folder: Path, observer: Observer, started: float, *, resumed: bool = False
+) -> Result:
     """Run the rounds and write the results; what was finished is kept whatever happens."""
     loop = Loop(experiment, folder, observer)
     if resumed:
@@ -257,21 +259,43 @@ def _summary(experiment: Experiment, loop: Loop, *, setup: float, rounds: float)
 
 def _draw(dataset: Dataset, drawn: Partition, folder: Path) -> None:
     """Draw whose samples are of which class."""
-    counts = label_counts(dataset.y.numpy(), drawn, dataset.num_classes)
-    draw(counts, folder / "partition.png", class_names=dataset.class_names, client_names=dataset.client_names)
+    draw(
+        _counts(dataset, drawn),
+        folder / "partition.png",
+        class_names=dataset.class_names,
+        client_names=_names(dataset, drawn),
+    )
+
+
+def _counts(dataset: Dataset, drawn: Partition) -> Int64:
+    """Count each client's training, validation and test samples of each class (K, C)."""
+    return label_counts(dataset.y.numpy()[dataset.splits["train"]], drawn, dataset.num_classes)
+
+
+def _names(dataset: Dataset, drawn: Partition) -> Sequence[str] | None:
+    """Return the clients' names where the partition is the data's own: no client mixes two natural ones."""
+    if dataset.client is None or dataset.client_names is None:
+        return None
+    owners = dataset.client[dataset.splits["train"]][drawn.indices]
+    names = []
+    for k in range(drawn.num_clients):
+        mine = set(owners[drawn.offsets[k] : drawn.offsets[k + 1]].tolist())
+        if len(mine) != 1:
+            return None
+        names.append(dataset.client_names[mine.pop()])
+    return names if len(set(names)) == len(names) else None
 
 
 def partition(config: Config, observer: Observer) -> Path:
     """Draw a partition, measure and picture it without training; return the run folder."""
-    dataset, drawn, splits = data(config)
+    dataset, drawn, local = data(config)
     folder = claim_run_dir(config)
     with _storage(folder), locked(folder):
         _write_config(config, folder)
-        save_partition(folder / "partition.npz", drawn, splits)
-        figures = skew(label_counts(dataset.y.numpy(), drawn, dataset.num_classes))
+        save_partition(folder / "partition.npz", drawn, local)
+        figures = skew(_counts(dataset, drawn))
         _draw(dataset, drawn, folder)
         write_json(folder / "summary.json", {"status": "done", **{name: value for name, value, _ in figures.rows()}})
     observer.skew(figures.rows())
     observer.note(f"{folder}/partition.png")
     return folder
-

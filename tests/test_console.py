@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from fedsim import console
-from fedsim.console import Live, Observer, Plain, Silent, open_observer
+from fedsim.console import Live, Observer, Plain, open_observer
 from fedsim.quantities import show
 
 SUMMARY = {"accuracy": 0.94722, "rounds": 40, "clients": {"worst_accuracy": 0.5}, "per_class": [1, 2], "seconds": None}
@@ -127,7 +127,7 @@ def test_live_draws_no_bar_for_a_run_that_has_its_rounds() -> None:
 
 
 def test_silent_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    tell(Silent())
+    tell(Observer())
     assert capsys.readouterr() == ("", "")
 
 

@@ -10,10 +10,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
 import fedsim.flower.grid as grid_module
-from fedsim.contracts import Cohort, LinearRule, Sums, row_square_norms
+from fedsim.contracts import Cohort, LinearRule, Streamed, Sums, row_square_norms
 from fedsim.flower import records
 from fedsim.flower.grid import SimulationGrid
-from fedsim.flower.records import FlatRecord, LazyArray, StreamedCohort, flatten, layout_of
+from fedsim.flower.records import FlatRecord, LazyArray, flatten, layout_of
 from fedsim.flower.strategy import RuleStrategy, aggregate
 from fedsim.layout import Layout
 from fedsim.strategies.fedavg import FedAvg
@@ -366,7 +366,7 @@ def test_a_streamed_cohort_is_finished_without_rows():
             c, updates = cohort.weights, cohort.rows
             empty = replace(cohort, updates=None)
             sums = Sums(empty, c, row_square_norms(updates), {})
-            return StreamedCohort(**vars(empty), mean=(c @ updates) / c.sum(), sums=sums)
+            return replace(empty, streamed=Streamed((c @ updates) / c.sum(), sums))
 
     streamed, _ = aggregate(RuleStrategy(FedAvg()), 1, W, make_grid(backend=Streams()))
     whole, _ = aggregate(RuleStrategy(FedAvg()), 1, W, make_grid())

@@ -143,7 +143,7 @@ def test_a_phase_moves_the_parameters_its_pattern_finds():
         ({"lr_decay_every": 0}, "lr_decay_every must be an integer >= 1, got 0"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"momentum": 0.9, "optimizer": "adamw"}, "momentum belongs to optimizer=sgd"),
-        ({"weight_decay": -1e-4}, "weight_decay must be >= 0, got -0.0001"),
+        ({"weight_decay": -1e-4}, "weight_decay must be >= 0 and finite, got -0.0001"),
         ({"weight_decay": math.inf}, "weight_decay must be >= 0 and finite, got inf"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
         ({"batch_size": 2.5}, "batch_size must be an integer >= 1, got 2.5"),

@@ -38,7 +38,7 @@ def predict(
         local: personal parameters by name; None keeps the module's.
 
     """
-    params = {name: view for name, view in task.shared.split(weights).items()}
+    params = task.shared.split(weights)
     if local:
         params.update(local)
     if buffers is not None and task.buffers.size:
@@ -49,7 +49,7 @@ def predict(
     try:
         parts = [
             outputs(functional_call(task.module, params, (task.x.index_select(0, chosen),)), task.y[chosen])
-            for chosen in positions.split(batch_size(task))
+            for chosen in torch.split(positions, batch_size(task))
         ]
     finally:
         task.module.train(was_training)

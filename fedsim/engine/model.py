@@ -54,8 +54,9 @@ class _Features(nn.Module):
         self.module = module
 
     def forward(self, x: Tensor) -> Any:
-        if hasattr(self.module, "features"):
-            return self.module.features(x)
+        features: Any = getattr(self.module, "features", None)
+        if features is not None:
+            return features(x)
         if not hasattr(self.module, "head"):
             raise ValueError(f"{type(self.module).__name__} has neither `features` nor an attribute `head`")
         seen: list[Tensor] = []

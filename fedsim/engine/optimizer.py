@@ -13,7 +13,7 @@ BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW, as torch.optim
 
 
 class Optimizer:
-    """One client's optimiser for one local round (or one chunk of rows): its moments start at zero.
+    """A client's optimiser for one local round (or a chunk of rows'): its moments start at zero.
 
     Args:
         training: what clients do.
@@ -25,11 +25,15 @@ class Optimizer:
     def __init__(self, training: LocalTraining, params: Sequence[Tensor], lr: float) -> None:
         self.training, self.lr = training, lr
         self.params = list(params)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the moments: another client begins."""
         self.step_count = 0
         self.first: list[Tensor] = []
         self.second: list[Tensor] = []
 
-    def step(self, grads: Sequence[Tensor]) -> None:
+    def step(self, grads: list[Tensor]) -> None:
         """Move the parameters by one step; may write into the gradients."""
         params, training = self.params, self.training
         self.step_count += 1
@@ -47,7 +51,7 @@ class Optimizer:
             grads = self.first
         torch._foreach_add_(params, grads, alpha=-self.lr)
 
-    def _adamw(self, grads: Sequence[Tensor]) -> None:
+    def _adamw(self, grads: list[Tensor]) -> None:
         if not self.first:
             self.first = [torch.zeros_like(p) for p in self.params]
             self.second = [torch.zeros_like(p) for p in self.params]
@@ -62,7 +66,7 @@ class Optimizer:
         torch._foreach_addcdiv_(self.params, self.first, denominator, value=-self.lr / scale)
 
 
-def clip(grads: Sequence[Tensor], bound: float) -> None:
+def clip(grads: list[Tensor], bound: float) -> None:
     """Scale one client's gradient in place so that its norm is at most `bound`."""
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     torch._foreach_mul_(grads, torch.clamp(bound / norm.clamp(min=1e-12), max=1.0))

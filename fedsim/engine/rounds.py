@@ -7,17 +7,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedsim.contracts import Cohort, Streamed, Sums
 from fedsim.engine.task import Block, Engine, Job
+from fedsim.errors import ClientError
+from fedsim.local import Int64
 
-STREAM_BLOCK = 1 << 18  # entries of a block of streamed rows: it should still be in cache when it is summed
+STREAM_BLOCK = 1 << 22  # entries of a block of streamed rows: what one costs beside its rows should not count
 
 
 class BadUpdate(RuntimeError):
     """A client's update is not finite."""
+
+
+class AllUpdatesBad(RuntimeError):
+    """No client of a round sent a finite update."""
 
 
 class Trainer:
@@ -25,14 +32,16 @@ class Trainer:
 
     Args:
         engine: who trains the rows.
-        on_bad_update: "drop" rows that are not finite, or "raise" `BadUpdate`.
+        on_bad_update: "drop" rows of which anything is not finite, or "raise" `BadUpdate`.
+        on_client_error: "raise" `ClientError` if an objective raises, or "drop" the client it raised for.
 
     """
 
-    def __init__(self, engine: Engine, on_bad_update: str = "drop") -> None:
+    def __init__(self, engine: Engine, on_bad_update: str = "drop", on_client_error: str = "raise") -> None:
         self.engine, self.task = engine, engine.task
-        self.on_bad_update = on_bad_update
-        self.dropped = 0  # bad rows of the last job
+        self.on_bad_update, self.on_client_error = on_bad_update, on_client_error
+        self.bad: list[int] = []  # clients of the last job whose rows were not finite
+        self.failures: dict[int, str] = {}  # client of the last job that raised → what
         self.seconds = 0.0  # spent in the engine since the trainer was made
         self._rows = torch.empty(0, self.task.shared.size, dtype=self.task.dtype, device=self.task.device)
 
@@ -42,15 +51,32 @@ class Trainer:
             self._rows = torch.empty(count, self.task.shared.size, dtype=self.task.dtype, device=self.task.device)
         return self._rows[:count]
 
-    def collect(self, job: Job) -> tuple[Cohort, Tensor]:
-        """Train a job and hold its rows; return (cohort, the cohort's mean buffers)."""
-        out = self.buffer(len(job))
-        block = self._train(job, out)
-        good, kept = self._judge(job, block)
-        cohort = self._cohort(job, block, out)
-        return (cohort if good is None else cohort.take(good)), self._buffers(job, kept)
+    @property
+    def dropped(self) -> int:
+        """How many rows of the last job were bad."""
+        return len(self.bad)
 
-    def stream(self, job: Job, coefficients: Callable[[Cohort], Tensor], reduced: tuple[str, ...] = ()) -> Any:
+    def collect(self, job: Job) -> tuple[Cohort, Tensor]:
+        """Train a job and hold its rows; return (cohort, the cohort's mean buffers).
+
+        Raises:
+            AllUpdatesBad: no good row is left.
+
+        """
+        self.bad, self.failures = [], {}
+        trained = self._train(job, self.buffer(len(job)))
+        if trained is not None:
+            part, block, out = trained
+            good, kept = self._judge(part, block)
+            cohort = self._cohort(part, block, out)
+            cohort = cohort if good is None else cohort.take(good)
+        if trained is None or not len(cohort):
+            raise self._none_left(job)
+        return cohort, self._buffers(job, kept)
+
+    def stream(
+        self, job: Job, coefficients: Callable[[Cohort], Tensor], reduced: tuple[str, ...] = ()
+    ) -> tuple[Cohort, Tensor]:
         """Train a job in fixed blocks and sum its rows as they come; return (cohort, mean buffers).
 
         Blocks go by cohort position and are folded from the first to the last, so that the sum does not depend on
@@ -61,19 +87,23 @@ class Trainer:
             coefficients: of a cohort without updates, (K,).
             reduced: names of second uploads of which only the mean is kept.
 
+        Raises:
+            AllUpdatesBad: no good row is left.
+
         """
+        self.bad, self.failures = [], {}
         size = max(1, min(64, STREAM_BLOCK // max(1, self.task.shared.size)))
         total = torch.zeros(self.task.shared.size, dtype=self.task.dtype, device=self.task.device)
         weight = torch.zeros((), dtype=torch.float64, device=self.task.device)
         parts: list[Cohort] = []
         norms, shares, buffers = [], [], []
-        dropped = 0
         for low in range(0, len(job), size):
             part = job.part(low, min(low + size, len(job)))
-            out = self.buffer(size)[: len(part)]
-            block = self._train(part, out)
+            trained = self._train(part, self.buffer(size)[: len(part)])
+            if trained is None:
+                continue
+            part, block, out = trained
             good, kept = self._judge(part, block)
-            dropped += self.dropped
             cohort = replace(self._cohort(part, block, out), updates=None)
             norm = block.square_norms
             if good is not None:
@@ -85,7 +115,8 @@ class Trainer:
             norms.append(norm)
             shares.append(c)
             buffers.append(kept)
-        self.dropped = dropped
+        if not any(map(len, parts)):
+            raise self._none_left(job)
         cohort = _concatenate(parts)
         means = {name: cohort.extras[name].mean(0) for name in reduced if name in cohort.extras}
         extras = {name: value for name, value in cohort.extras.items() if name not in reduced}
@@ -94,26 +125,65 @@ class Trainer:
         streamed = Streamed(mean, Sums(cohort, torch.cat(shares), torch.cat(norms), means))
         return replace(cohort, streamed=streamed), self._buffers(job, _merge(buffers))
 
-    def _train(self, job: Job, out: Tensor) -> Block:
+    def _train(self, job: Job, out: Tensor) -> tuple[Job, Block, Tensor] | None:
+        """Train rows; return the job, block and updates of those whose client did not fail, None if all did."""
         started = time.perf_counter()
-        block = self.engine.train(job, out)
-        self.seconds += time.perf_counter() - started
-        return block
+        try:
+            return job, self.engine.train(job, out), out
+        except torch.OutOfMemoryError:  # the machine's failure, not a client's
+            raise
+        except Exception:
+            if not self._failing(job, out):
+                raise
+            left = np.flatnonzero([k not in self.failures for k in job.clients.tolist()])
+            if not len(left):
+                return None
+            part, rows = job.take(left), out[: len(left)]
+            return part, self.engine.train(part, rows), rows
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def _failing(self, job: Job, out: Tensor) -> bool:
+        """Find the clients that fail, by training each alone: rows do not depend on one another. Say if any does."""
+        found = False
+        for k, client in enumerate(job.clients.tolist()):
+            try:
+                self.engine.train(job.part(k, k + 1), out[k : k + 1])
+            except Exception as error:
+                what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+                if self.on_client_error == "raise":
+                    raise ClientError(f"client {client} failed in round {job.round}: {what}") from error
+                self.failures[client], found = what, True
+        return found
+
+    def _none_left(self, job: Job) -> AllUpdatesBad:
+        why = [f"{len(self.bad)} are not finite"] if self.bad else []
+        if self.failures:
+            client, what = next(iter(self.failures.items()))
+            why.append(f"{len(self.failures)} clients failed, client {client} with {what}")
+        return AllUpdatesBad(f"round {job.round}: none of {len(job)} updates can be used: {'; '.join(why)}")
 
     def _judge(self, job: Job, block: Block) -> tuple[Tensor | None, Block]:
         """Find rows that are not finite; keep the state of the others. Return (their mask or None, good rows)."""
         good = torch.isfinite(block.square_norms) & torch.isfinite(block.weights)
-        self.dropped = int((~good).sum())
-        kept = block
-        if self.dropped:
-            if self.on_bad_update == "raise":
-                bad = job.clients[(~good).cpu().numpy()]
-                raise BadUpdate(f"round {job.round}: the update of client {bad.tolist()} is not finite")
-            kept = _select(block, good)
+        uploads = [value for name, value in block.extras.items() if name != "train_loss"]
+        for values in (block.buffers, *uploads, *block.state.values()):
+            if values.numel() and values.is_floating_point():
+                good &= torch.isfinite(values.flatten(1).sum(1)) if values.dim() > 1 else torch.isfinite(values)
+        if bool(good.all()):
+            self._keep(job.clients, block)
+            return None, block
+        bad = job.clients[(~good).cpu().numpy()].tolist()
+        if self.on_bad_update == "raise":
+            raise BadUpdate(f"round {job.round}: the update of client {bad} is not finite")
+        self.bad += bad
+        kept = _select(block, good)
+        self._keep(job.clients[good.cpu().numpy()], kept)
+        return good, kept
+
+    def _keep(self, clients: Int64, block: Block) -> None:
         if block.state:
-            clients = job.clients if not self.dropped else job.clients[good.cpu().numpy()]
-            self.task.store.put(clients, kept.state)
-        return (good if self.dropped else None), kept
+            self.task.store.put(clients, block.state)
 
     def _cohort(self, job: Job, block: Block, out: Tensor) -> Cohort:
         device = self.task.device
@@ -153,11 +223,18 @@ def _select(block: Block, good: Tensor) -> Block:
 
 def _merge(blocks: list[Block]) -> Block:
     """Concatenate blocks; their client state has been stored already."""
-    return Block(*(torch.cat([block[k] for block in blocks]) for k in range(3)), {}, torch.cat([b.buffers for b in blocks]), {})  # type: ignore[arg-type]  # fmt: skip
+    return Block(
+        torch.cat([block.square_norms for block in blocks]),
+        torch.cat([block.weights for block in blocks]),
+        torch.cat([block.num_steps for block in blocks]),
+        {},
+        torch.cat([block.buffers for block in blocks]),
+        {},
+    )
 
 
 def _concatenate(parts: list[Cohort]) -> Cohort:
     names = ("weights", "clients", "num_steps", "staleness", "received")
-    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     extras = {name: torch.cat([part.extras[name] for part in parts]) for name in parts[0].extras}
     return replace(parts[0], **joined, extras=extras)

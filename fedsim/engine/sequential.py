@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from fedsim.contracts import Batch, Context, Phase
 from fedsim.engine.model import Functional
 from fedsim.engine.optimizer import Optimizer, clip
-from fedsim.engine.task import Block, Job, Task
+from fedsim.engine.task import BUFFER, LOCAL, Block, Job, Task, row_keys
 from fedsim.layout import Params
 from fedsim.local import Schedule, moving, schedule
+from fedsim.metrics.classification import segment_sums
 from fedsim.models.dropout import KeyedDropout, dropout_key
-from fedsim.rng import fold_in, keyed_bits
+from fedsim.rng import fold_in
 
-LOCAL = "local/"  # prefix of personal parameters in a client's state
-BUFFER = "buffer/"  # prefix of personal buffers
+GATHER_ENTRIES = 1 << 19  # input entries of a job that are gathered at once; more would leave the cache again
 
 
 class Sequential:
@@ -27,6 +27,11 @@ class Sequential:
 
     The D shared parameters are views of one flat work vector, so a client costs one copy in and one subtraction
     out. Convolution weights are kept channels-last beside it, where CPU and GPU kernels want them.
+
+    Args:
+        task: what all rounds share. The module's own tensors become the engine's.
+        channels_last: layout of images and convolution weights; None: where the model convolves images.
+
     """
 
     def __init__(self, task: Task, *, channels_last: bool | None = None) -> None:
@@ -35,9 +40,11 @@ class Sequential:
             channels_last = any(isinstance(m, nn.Conv2d) for m in task.module.modules()) and task.x.dim() == 4
         self.plan: Mapping[str, Any] = {"engine": "sequential", "channels_last": channels_last}
         self._bind(channels_last)
-        self._mean_weights: dict[int, Tensor] = {}
-        self._dropout = any(isinstance(module, KeyedDropout) for module in task.module.modules())
         self._x = task.x.contiguous(memory_format=torch.channels_last) if channels_last else task.x
+        self._mean_weights: dict[int, Tensor] = {}  # size of a batch → its criterion weights
+        self._dropout = any(isinstance(module, KeyedDropout) for module in task.module.modules())
+        names = ("loss", "direction", "finish")
+        self._simple = not self._dropout and not any(hasattr(task.objective, name) for name in names)
 
     def _bind(self, channels_last: bool) -> None:
         """Make the module's shared parameters views of one flat vector, channels-last ones apart."""
@@ -54,171 +61,248 @@ class Sequential:
         self.params: Params = {name: own[name] for name in (*task.shared.names, *task.local.names)}
         self.model = Functional(task.module, self.params)
         buffers = dict(task.module.named_buffers())
-        self.buffers = [buffers[name] for name in task.buffers.names]
+        self.buffers = {BUFFER + name: buffers[name] for name in task.buffers.names}
 
     def close(self) -> None:
         """Hold nothing beyond the module itself."""
 
     def train(self, job: Job, out: Tensor) -> Block:
         """Train the rows of a job and write their updates w_k − w_received into out (K, D)."""
-        task, count = self.task, len(job)
-        plans = [_Plan(task, job, number, phase) for number, phase in enumerate(task.phases)]
-        bits = keyed_bits(task.seed, "client", job.key, job.clients) >> np.uint64(32)  # (K,)
-        keys = torch.from_numpy(bits.astype(np.int64)).to(task.device)  # (K,)
-        sizes = task.partition.sizes[job.clients]
+        task = self.task
+        plans = [self._plan(job, number, phase) for number, phase in enumerate(task.phases)]
+        starts = {version: _Start(self, job, version, plans) for version in set(job.received.tolist())}
+        keys = row_keys(task, job)  # (K,)
         task.module.train()
-        rows = [
-            self._row(job, row, out[row], plans, keys[row], {name: value[row] for name, value in job.state.items()})
-            for row in range(count)
-        ]
-        weights = [float(sizes[k]) if row[3] is None else row[3] for k, row in enumerate(rows)]
-        return Block(
-            square_norms=torch.stack([row[0] for row in rows]),
-            weights=torch.stack([torch.as_tensor(w, dtype=torch.float64, device=task.device) for w in weights])
-            if any(isinstance(w, Tensor) for w in weights)
-            else torch.tensor(weights, dtype=torch.float64, device=task.device),
-            num_steps=torch.from_numpy(np.sum([plan.schedule.num_steps for plan in plans], axis=0)),
-            extras={name: torch.stack([row[2][name] for row in rows]) for name in rows[0][2]},
-            buffers=torch.stack([row[4] for row in rows]),
-            state={name: torch.stack([row[1][name] for row in rows]) for name in job.state},
-        )
+        rows = []
+        with torch.no_grad():
+            for row, version in enumerate(job.received.tolist()):
+                start, delta = starts[version], out[row]
+                state = {name: value[row] for name, value in job.state.items()}
+                self._load(start, state, job.buffers)
+                left = self._row(job, row, start, plans, keys, state)
+                self._write(start, delta)
+                left.square_norm = torch.dot(delta, delta)  # while the row is in cache
+                rows.append(left)
+        return self._block(job, plans, rows)
 
     def _row(
-        self, job: Job, row: int, out: Tensor, plans: list[_Plan], key: Tensor, state: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Any, Tensor]:
-        """Train one row; return (‖Δ‖², client state, extras, weight or None, buffers)."""
-        task, objective = self.task, self.task.objective
-        version = int(job.received[row])
-        start = job.models[version]  # (D,)
-        self._load(start, state, job.buffers)
-        received = task.shared.split(start)
-        total, seen = torch.zeros((), dtype=task.dtype, device=task.device), 0
-        context = None
-        for plan in plans:
-            context = Context(
-                received=received, broadcast=job.broadcasts.get(version, {}),
-                client_state={n: v for n, v in state.items() if not n.startswith((LOCAL, BUFFER))},
-                step_state={}, step=0, num_steps=int(plan.schedule.num_steps[row]), lr=job.lr,
-                num_samples=int(plan.schedule.sizes[row]), key=key, layout=task.shared, phase=plan.number,
-            )  # fmt: skip
-            seen += self._phase(plan, row, context, total)
-        square_norm = self._write(start, out)
-        kept = dict(state)
-        kept.update({LOCAL + name: self.params[name].detach().clone() for name in task.local.names})
-        kept.update({name: b.clone() for name, b in self._named_buffers() if name in state})
-        extras: dict[str, Tensor] = {"train_loss": total / max(seen, 1)}
-        weight = None
-        finish = getattr(objective, "finish", None)
-        if finish is not None:
-            with torch.no_grad():
-                mine, more, weight = finish({n: p.detach() for n, p in self.params.items()}, context)
-            kept.update(mine)
-            extras.update(more)
-        buffers = [b.detach().flatten().to(task.dtype) for b in self.buffers]
-        return square_norm, kept, extras, weight, torch.cat(buffers) if buffers else total.new_zeros(0)
+        self, job: Job, row: int, start: _Start, plans: list[_Plan], keys: Tensor, state: dict[str, Tensor]
+    ) -> _Row:
+        """Run one client's local round in the module's own parameters."""
+        left = _Row()
+        if self._simple:
+            for plan, update in zip(plans, start.updates, strict=True):
+                self._simple_phase(plan, update, row, keys, left)
+        else:
+            context = self._general_phases(job, row, start, plans, keys, state, left)
+            finish = getattr(self.task.objective, "finish", None)
+            if finish is not None:
+                own, left.extras, left.weight = finish({n: p.detach() for n, p in self.params.items()}, context)
+                left.state.update(own)
+        if state:
+            left.state = state | left.state
+            left.state.update({LOCAL + n: self.params[n].detach().clone() for n in self.task.local.names})
+            left.state.update({name: b.clone() for name, b in self.buffers.items() if name in state})
+        if self.buffers:
+            left.buffers = torch.cat([b.detach().flatten().to(self.task.dtype) for b in self.buffers.values()])
+        return left
 
-    def _named_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        return ((BUFFER + name, b) for name, b in zip(self.task.buffers.names, self.buffers, strict=True))
-
-    @torch.no_grad()
-    def _load(self, start: Tensor, state: Mapping[str, Tensor], buffers: Tensor) -> None:
-        self.flat.copy_(start)
-        if self.apart:
-            views = self.task.shared.split(start)
-            for name, weight in self.apart:
-                weight.copy_(views[name])
+    def _load(self, start: _Start, state: Mapping[str, Tensor], buffers: Tensor) -> None:
+        self.flat.copy_(start.flat)
+        for name, weight in self.apart:
+            weight.copy_(start.params[name])
         for name in self.task.local.names:
             self.params[name].copy_(state[LOCAL + name])
-        for (name, buffer), value in zip(
-            self._named_buffers(), self.task.buffers.split(buffers).values(), strict=True
-        ):
-            buffer.copy_(state.get(name, value))
+        if self.buffers:
+            for (name, buffer), value in zip(
+                self.buffers.items(), self.task.buffers.split(buffers).values(), strict=True
+            ):
+                buffer.copy_(state.get(name, value))
 
-    @torch.no_grad()
-    def _write(self, start: Tensor, out: Tensor) -> Tensor:
-        """Write w_k − w_received into out (D,) and return its squared norm, while it is in cache."""
-        torch.sub(self.flat, start, out=out)
+    def _write(self, start: _Start, out: Tensor) -> None:
+        torch.sub(self.flat, start.flat, out=out)
         if self.apart:
-            views, old = self.task.shared.split(out), self.task.shared.split(start)
+            views = self.task.shared.split(out)
             for name, weight in self.apart:
-                torch.sub(weight, old[name], out=views[name])
-        return torch.dot(out, out)
+                torch.sub(weight, start.params[name], out=views[name])
 
-    def _phase(self, plan: _Plan, row: int, context: Context, total: Tensor) -> int:
-        """Run the steps of a phase; add loss × samples to total (); return the samples seen."""
-        objective, training = self.task.objective, self.task.training
-        params = [self.params[name] for name in plan.moving]
-        optimizer = Optimizer(training, params, context.lr)
-        mu = float(context.broadcast.get("proximal_mu", getattr(objective, "proximal_mu", 0.0)))
-        anchors = [context.received[name] for name in plan.moving if name in context.received] if mu else []
-        pulled = [k for k, name in enumerate(plan.moving) if name in context.received] if mu else []
-        direction = getattr(objective, "direction", None)
-        simple = direction is None and not hasattr(objective, "loss")
-        seen = 0
-        for step, (x, y) in enumerate(self._batches(plan, row, context.key)):
-            if not simple:
-                context = _at(context, step)
-            if self._dropout:
-                with dropout_key(fold_in(fold_in(context.key, plan.number), step)):
-                    loss = self._loss(x, y, context)
-            else:
+    def _simple_phase(self, plan: _Plan, update: _Update, row: int, keys: Tensor, left: _Row) -> None:
+        """Run the steps of a phase whose loss is a criterion of the logits: the fast path."""
+        module, criterion, enable_grad = self.task.module, self.task.objective.criterion, torch.enable_grad
+        params = update.optimizer.params
+        update.optimizer.reset()
+        step = update.optimizer.step if update.free else update
+        for x, y in self._batches(plan, row, keys):
+            size = y.shape[0]
+            with enable_grad():
+                loss = criterion(module(x), y, self._weights(size))
+                grads = _gradient(loss, params)
+            left.losses.append(loss.detach())
+            left.counts.append(size)
+            step(grads)
+
+    def _general_phases(  # noqa: PLR0913  as `_row`
+        self, job: Job, row: int, start: _Start, plans: list[_Plan], keys: Tensor, state: dict[str, Tensor], left: _Row
+    ) -> Context:
+        """Run all phases of a row; return the context of the last step."""
+        own = {name: value for name, value in state.items() if not name.startswith((LOCAL, BUFFER))}
+        context = None
+        for plan, update in zip(plans, start.updates, strict=True):
+            context = Context(
+                received=start.params, broadcast=start.broadcast, client_state=own, step_state={}, step=0,
+                num_steps=int(plan.schedule.num_steps[row]), lr=job.lr, num_samples=int(plan.schedule.sizes[row]),
+                key=keys[row], layout=self.task.shared, phase=plan.number,
+            )  # fmt: skip
+            context = self._general_phase(plan, update, row, keys, context, left)
+        assert context is not None  # a task has at least one phase
+        return context
+
+    def _general_phase(
+        self, plan: _Plan, update: _Update, row: int, keys: Tensor, context: Context, left: _Row
+    ) -> Context:
+        """Run the steps of a phase of any objective; return the context of its last step."""
+        params = update.optimizer.params
+        update.optimizer.reset()
+        direction = getattr(self.task.objective, "direction", None)
+        for step, (x, y) in enumerate(self._batches(plan, row, keys)):
+            context = _at(context, step)
+            with torch.enable_grad(), dropout_key(fold_in(fold_in(context.key, plan.number), step)):
                 loss = self._loss(x, y, context)
-            grads = list(_gradient(loss, params))
-            with torch.no_grad():
-                total.add_(loss.detach(), alpha=len(y))
-                seen += len(y)
-                if pulled:
-                    torch._foreach_add_([grads[k] for k in pulled], [params[k].detach() for k in pulled], alpha=mu)
-                    torch._foreach_add_([grads[k] for k in pulled], anchors, alpha=-mu)
-                if training.clip_norm is not None:
-                    clip(grads, training.clip_norm)
-                if direction is not None:
-                    named = dict(zip(plan.moving, grads, strict=True))
-                    turned, step_state = direction(named, {n: p.detach() for n, p in self.params.items()}, context)
-                    grads = [turned[name].clone() for name in plan.moving]
-                    context = _at(context, step, step_state)
-                optimizer.step(grads)
-        return seen
+                grads = _gradient(loss, params)
+            left.losses.append(loss.detach())
+            left.counts.append(len(y))
+            update.constrain(grads)
+            if direction is not None:
+                named = dict(zip(plan.moving, grads, strict=True))
+                turned, step_state = direction(named, {n: p.detach() for n, p in self.params.items()}, context)
+                grads = [turned[name].clone() for name in plan.moving]
+                context = _at(context, step, step_state)
+            update.optimizer.step(grads)
+        return context
 
     def _loss(self, x: Tensor, y: Tensor, context: Context) -> Tensor:
         objective = self.task.objective
         if hasattr(objective, "loss"):
             value: Tensor = objective.loss(self.model, self.params, Batch(x, y), context)[0]
-            return value
-        size = len(y)
-        if size not in self._mean_weights:
-            self._mean_weights[size] = torch.full((size,), 1 / size, dtype=self.task.dtype, device=y.device)
-        value = objective.criterion(self.task.module(x), y, self._mean_weights[size])
+        else:
+            value = objective.criterion(self.task.module(x), y, self._weights(len(y)))
         return value
 
-    def _batches(self, plan: _Plan, row: int, key: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of a row's local round, gathered one pass at a time."""
+    def _weights(self, size: int) -> Tensor:
+        """Return the criterion weights (size,) of a mean."""
+        if size not in self._mean_weights:
+            self._mean_weights[size] = torch.full((size,), 1 / size, dtype=self.task.dtype, device=self.task.device)
+        return self._mean_weights[size]
+
+    def _plan(self, job: Job, number: int, phase: Phase | None) -> _Plan:
+        """Lay out a phase; small cohorts' samples are gathered here at once, others' pass by pass."""
+        task = self.task
+        order = schedule(
+            task.training, task.samples_of(phase), job.clients, seed=task.seed, round=job.key, phase=(number, phase)
+        )
+        positions = torch.from_numpy(order.positions).to(task.device)  # (M,)
+        names = moving((*task.shared.names, *task.local.names), phase)
+        x = self._x.index_select(0, positions) if len(positions) * self._x[0].numel() <= GATHER_ENTRIES else None
+        return _Plan(number, names, order, positions, x, task.y.index_select(0, positions))
+
+    def _batches(self, plan: _Plan, row: int, keys: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of a row's local round."""
         task, order = self.task, plan.schedule
         n, left = int(order.sizes[row]), int(order.num_steps[row])
         batch = order.batch_size or max(n, 1)
         for epoch, begin in enumerate(range(int(order.starts[row]), int(order.starts[row + 1]), max(n, 1))):
-            taken = plan.positions[begin : begin + n]  # (n,)
-            x, y = self._x.index_select(0, taken), task.y.index_select(0, taken)
+            end = begin + n
+            x = self._x.index_select(0, plan.positions[begin:end]) if plan.x is None else plan.x[begin:end]
+            y = plan.y[begin:end]  # (n,)
             if task.augment is not None:
                 counter = torch.arange(n, device=x.device) + epoch * n
-                x = task.augment(x, fold_in(fold_in(key, plan.number + 1), counter))
-            for pair in zip(x.split(batch), y.split(batch), strict=True):
+                x = task.augment(x, fold_in(fold_in(keys[row], plan.number + 1), counter))
+            if n <= batch:
+                pairs: Any = ((x, y),)
+            else:
+                pairs = zip(torch.split(x, batch), torch.split(y, batch), strict=True)
+            for pair in pairs:
                 if left == 0:
                     return
                 left -= 1
                 yield pair
 
+    def _block(self, job: Job, plans: list[_Plan], rows: list[_Row]) -> Block:
+        task = self.task
+        sizes = task.partition.sizes[job.clients]
+        weights = [float(sizes[k]) if row.weight is None else row.weight for k, row in enumerate(rows)]
+        extras = {name: torch.stack([row.extras[name] for row in rows]) for name in rows[0].extras}
+        return Block(
+            square_norms=torch.stack([row.square_norm for row in rows]),
+            weights=_column(weights, task.device),
+            num_steps=torch.from_numpy(np.sum([plan.schedule.num_steps for plan in plans], axis=0)),
+            extras={"train_loss": _mean_losses(rows, task), **extras},
+            buffers=torch.stack([row.buffers for row in rows]) if self.buffers else self.flat.new_zeros(len(rows), 0),
+            state={name: torch.stack([row.state[name] for row in rows]) for name in job.state},
+        )
 
-class _Plan:
+
+class _Row:
+    """What a row leaves beside its update."""
+
+    square_norm: Tensor
+    buffers: Tensor
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.counts: list[int] = []
+        self.extras: Mapping[str, Tensor] = {}
+        self.state: dict[str, Tensor] = {}
+        self.weight: Any = None  # None: the client's samples
+
+
+class _Plan(NamedTuple):
     """One phase of a job: who moves, and the samples of every row on the device."""
 
-    def __init__(self, task: Task, job: Job, number: int, phase: Phase | None) -> None:
-        self.number = number
-        self.moving = moving((*task.shared.names, *task.local.names), phase)
-        self.schedule: Schedule = schedule(
-            task.training, task.samples_of(phase), job.clients, seed=task.seed, round=job.key, phase=(number, phase)
-        )
-        self.positions = torch.from_numpy(self.schedule.positions).to(task.device)
+    number: int
+    moving: tuple[str, ...]
+    schedule: Schedule
+    positions: Tensor  # (M,)
+    x: Tensor | None  # (M, …), where they are few
+    y: Tensor  # (M,)
+
+
+class _Start:
+    """What rows that start from the same version share."""
+
+    def __init__(self, engine: Sequential, job: Job, version: int, plans: list[_Plan]) -> None:
+        self.flat = job.models[version]  # (D,)
+        self.params = engine.task.shared.split(self.flat)
+        self.broadcast = job.broadcasts.get(version, {})
+        self.updates = [
+            _Update(engine.task, plan, [engine.params[n] for n in plan.moving], self, job.lr) for plan in plans
+        ]
+
+
+class _Update:
+    """From a gradient to a step: proximal pull, clipping, optimiser."""
+
+    def __init__(self, task: Task, plan: _Plan, params: list[Tensor], start: _Start, lr: float) -> None:
+        self.optimizer = Optimizer(task.training, params, lr)
+        self.clip_norm = task.training.clip_norm
+        self.mu = float(start.broadcast.get("proximal_mu", getattr(task.objective, "proximal_mu", 0.0)))
+        self.pulled = [k for k, name in enumerate(plan.moving) if name in start.params] if self.mu else []
+        self.anchors = [start.params[plan.moving[k]] for k in self.pulled]
+        self.free = not self.pulled and self.clip_norm is None  # nothing to do before the optimiser
+
+    def constrain(self, grads: list[Tensor]) -> None:
+        """Add the proximal pull and clip, in place."""
+        if self.pulled:
+            pulled = [grads[k] for k in self.pulled]
+            torch._foreach_add_(pulled, [self.optimizer.params[k] for k in self.pulled], alpha=self.mu)
+            torch._foreach_add_(pulled, self.anchors, alpha=-self.mu)
+        if self.clip_norm is not None:
+            clip(grads, self.clip_norm)
+
+    def __call__(self, grads: list[Tensor]) -> None:
+        """Take one step."""
+        self.constrain(grads)
+        self.optimizer.step(grads)
 
 
 def _at(context: Context, step: int, step_state: Mapping[str, Tensor] | None = None) -> Context:
@@ -235,3 +319,23 @@ def _gradient(loss: Tensor, params: list[Tensor]) -> list[Tensor]:
     """Return the gradient, zero where the loss does not depend on a parameter."""
     grads = torch.autograd.grad(loss, params, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
+
+
+def _column(values: list[Any], device: torch.device) -> Tensor:
+    """Return numbers and 0-d tensors as (K,) float64."""
+    if any(isinstance(value, Tensor) for value in values):
+        return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _mean_losses(rows: list[_Row], task: Task) -> Tensor:
+    """Return each row's mean training loss over the samples of its steps (K,)."""
+    steps = [len(row.losses) for row in rows]
+    if not sum(steps):
+        return torch.zeros(len(rows), dtype=task.dtype, device=task.device)
+    losses = torch.stack([loss for row in rows for loss in row.losses]).double()  # (S,)
+    counts = torch.tensor([count for row in rows for count in row.counts], dtype=torch.float64, device=task.device)
+    offsets = torch.tensor(np.concatenate([[0], np.cumsum(steps)]), device=task.device)  # (K+1,)
+    # Segment by segment, not as differences of one running sum: there one row's NaN would reach all rows after it.
+    means = segment_sums(losses * counts, offsets) / segment_sums(counts, offsets).clamp(min=1)  # (K,)
+    return means.to(task.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,6 +14,10 @@ from fedsim.contracts import Partition, Phase
 from fedsim.engine.store import ClientStore
 from fedsim.layout import Layout
 from fedsim.local import Int64, LocalTraining
+from fedsim.rng import keyed_bits
+
+LOCAL = "local/"  # prefix of personal parameters in a client's state
+BUFFER = "buffer/"  # prefix of personal buffers
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,13 +93,19 @@ class Job:
         return int(self.key[row]) if isinstance(self.key, np.ndarray) else self.key
 
     def part(self, low: int, high: int) -> Job:
-        """Return the job of rows low … high − 1."""
-        key = self.key[low:high] if isinstance(self.key, np.ndarray) else self.key
-        return Job(
-            clients=self.clients[low:high], received=self.received[low:high], models=self.models,
-            broadcasts=self.broadcasts, buffers=self.buffers, round=self.round, key=key, lr=self.lr,
-            state={name: value[low:high] for name, value in self.state.items()},
-        )  # fmt: skip
+        """Return the job of rows low … high − 1, views of this one's."""
+        return self.take(slice(low, high))
+
+    def take(self, rows: slice | Int64) -> Job:
+        """Return the job of some rows."""
+        chosen = rows if isinstance(rows, slice) else torch.from_numpy(rows)
+        return replace(
+            self,
+            clients=self.clients[rows],
+            received=self.received[rows],
+            key=self.key[rows] if isinstance(self.key, np.ndarray) else self.key,
+            state={name: value[chosen] for name, value in self.state.items()},
+        )
 
 
 class Block(NamedTuple):
@@ -122,3 +132,9 @@ class Engine(Protocol):
     def close(self) -> None:
         """Let go of workers."""
         ...
+
+
+def row_keys(task: Task, job: Job) -> Tensor:
+    """Return the key of each row's local round (K,) int64, a function of (seed, round, client)."""
+    bits = keyed_bits(task.seed, "client", job.key, job.clients) >> np.uint64(32)  # (K,)
+    return torch.from_numpy(bits.astype(np.int64)).to(task.device)

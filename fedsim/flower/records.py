@@ -17,7 +17,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedsim.contracts import Cohort, Sums
+from fedsim.contracts import Cohort
 from fedsim.layout import Layout
 
 NDArray = npt.NDArray[Any]
@@ -233,11 +233,3 @@ class CohortReplies(Sequence[Message]):
 
     def __iter__(self) -> Iterator[Message]:
         return (self[k] for k in range(len(self)))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class StreamedCohort(Cohort):
-    """A cohort of which an engine kept the weighted mean of the rows alone, for a linear rule."""
-
-    mean: Tensor  # (D,) Σ c_k Δ_k / Σ c_k
-    sums: Sums

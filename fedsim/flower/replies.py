@@ -12,6 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from torch import Tensor
 
 from fedsim.contracts import Cohort
+from fedsim.errors import ClientError as ClientError
 from fedsim.flower.records import BROADCAST, NUM_EXAMPLES, flatten
 from fedsim.layout import Layout
 
@@ -21,10 +22,6 @@ _log = logging.getLogger(__name__)
 
 EXTRAS = "extras"  # the record of an objective's second uploads
 NUM_STEPS = "num-steps"
-
-
-class ClientError(RuntimeError):
-    """A client raised; the notes carry its whole traceback."""
 
 
 def checked(replies: Iterable[Message], on_client_error: OnClientError) -> list[Message]:

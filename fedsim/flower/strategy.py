@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedsim.contracts import Cohort, LinearRule, Metrics, Rule, State
+from fedsim.contracts import Cohort, Metrics, Rule, State
 from fedsim.flower.grid import SimulationGrid
 from fedsim.flower.records import (
     ARRAYS,
@@ -22,7 +22,6 @@ from fedsim.flower.records import (
     SERVER_ROUND,
     CohortReplies,
     FlatRecord,
-    StreamedCohort,
     TrainMessages,
     flatten,
     layout_of,
@@ -109,10 +108,7 @@ class RuleStrategy(Strategy):
             clients = [self._client_of[reply.metadata.src_node_id] for reply in answers]
             cohort = read_replies(answers, clients=clients, layout=layout, start=w, round=server_round, seed=self.seed)
         self.cohort = cohort
-        if isinstance(cohort, StreamedCohort) and isinstance(self.rule, LinearRule):
-            delta, self.state, self.metrics = self.rule.finish(cohort.mean, cohort.sums, self.state)
-        else:
-            delta, self.state, self.metrics = self.rule(cohort, self.state)
+        delta, self.state, self.metrics = self.rule(cohort, self.state)
         arrays = FlatRecord(w + delta, layout)
         simulated = isinstance(replies, CohortReplies)
         return arrays if simulated else arrays.plain(), MetricRecord(scalars(self.metrics))
