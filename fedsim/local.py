@@ -116,7 +116,7 @@ def schedule(
     partition: Partition,
     clients: Int64,
     *,
-    seed: int,
+    seed: int | Int64,
     round: int | Int64,
     phase: tuple[int, Phase | None] = (0, None),
 ) -> Schedule:
@@ -126,7 +126,7 @@ def schedule(
         training: what clients do.
         partition: the training samples of all clients.
         clients: (K,) ids.
-        seed: of the run.
+        seed: of the run, or one per row (K,).
         round: the round, or one per row (K,).
         phase: which part of the local round, and its number.
 
@@ -140,8 +140,9 @@ def schedule(
     first = np.cumsum(epochs) - epochs
     epoch = np.arange(len(segments)) - first[segments]  # (S,)
     length = sizes[segments]  # (S,)
+    row_seed = seed[segments] if isinstance(seed, np.ndarray) else seed
     row_round = round[segments] if isinstance(round, np.ndarray) else round
-    keys = keyed_bits(seed, "order", row_round, clients[segments], number, epoch)  # (S,)
+    keys = keyed_bits(row_seed, "order", row_round, clients[segments], number, epoch)  # (S,)
     order = segment_permutations(keys, length)  # (M,)
     # `order` indexes the concatenation of passes; a pass is its client's slice of the partition.
     shift = partition.offsets[clients][segments] - (np.cumsum(length) - length)  # (S,)

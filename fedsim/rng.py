@@ -55,7 +55,7 @@ def _mix(x: UInt64) -> UInt64:
     return x ^ (x >> np.uint64(31))
 
 
-def keyed_bits(seed: int, purpose: str, *keys: Any) -> UInt64:
+def keyed_bits(seed: int | npt.NDArray[np.int64], purpose: str, *keys: Any) -> UInt64:
     """Hash (seed, purpose, keys) to 64 uniform bits each, broadcasting over integer arrays ≥ 0."""
     with np.errstate(over="ignore"):
         state = _mix(np.asarray(seed, dtype=np.uint64) + _GOLDEN)
