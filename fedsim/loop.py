@@ -295,6 +295,7 @@ class Loop:
                 self.experiment.foreign.restore(state["foreign"])
             self.task.store.put(state["clients"]["touched"], state["clients"]["rows"])
             self.best, self.last_known = state["best"], state["last_known"]
+            self.stopped = state["stopped"]
             self.previous = None if state["previous"] is None else state["previous"].to(device)
             self.seconds = state["seconds"]
         self.rounds.truncate_to(self.round)

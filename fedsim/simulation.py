@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedsim.build import build, data
-from fedsim.config import Config, compose, to_yaml
+from fedsim.config import Config, compose, from_tree, plain, to_yaml
 from fedsim.console import Observer
 from fedsim.contracts import Dataset, Partition
 from fedsim.data.splits import save_partition
@@ -93,10 +93,12 @@ def run(config: Config, observer: Observer, parts: Mapping[str, Any] | None = No
     if (folder / "plan.json").exists():
         raise UserError(f"{folder} holds a run already; go on with `fedsim run resume={folder}` or choose another")
     started = time.perf_counter()
+    if parts:
+        config = _with_parts(config, parts)
     experiment = build(config, parts)
     folder = claim_run_dir(config)
     with _storage(folder), locked(folder):
-        _describe(experiment, config, folder, parts or {})
+        _describe(experiment, config, folder)
         return _drive(experiment, folder, observer, started)
 
 
@@ -154,10 +156,17 @@ def _keep_plan(experiment: Experiment, old: dict[str, Any], observer: Observer) 
         observer.warn(f"the plan's {key} was {before} and is {now}: results may differ in the last bits")
 
 
-def _describe(experiment: Experiment, config: Config, folder: Path, parts: Mapping[str, Any]) -> None:
+def _with_parts(config: Config, parts: Mapping[str, Any]) -> Config:
+    """Note in a config which groups are objects, so that nobody takes its text for what was run."""
+    tree = plain(config)
+    tree["hydra"]["parts"] = sorted(parts)
+    choices = tree["hydra"]["runtime"]["choices"]
+    choices |= {n: f"<{getattr(part, '__name__', type(part).__name__)}>" for n, part in parts.items() if n in choices}
+    return from_tree(tree)
+
+
+def _describe(experiment: Experiment, config: Config, folder: Path) -> None:
     """Write what the run is, before it starts."""
-    if parts:
-        config.hydra.parts = sorted(parts)
     _write_config(config, folder)
     write_json(folder / "plan.json", experiment.plan)
     save_partition(folder / "partition.npz", experiment.partition, experiment.local)
