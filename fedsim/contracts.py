@@ -83,9 +83,15 @@ class Rule(Protocol):
 
     Optional members, found by name:
         check(num_participants: int) -> None     raise ValueError before training if the cohort is too small
-        broadcast(state) -> {name: Tensor|float} sent with the model, versioned with it; `context.broadcast`
-        needs: tuple[str, …]                     names of values given to `bind` at build time, e.g. "local_training"
+        broadcast(state) -> {name: Tensor|float} sent with the model, versioned with it; `context.broadcast`.
+                                                 "lr_scale" is a factor on the clients' rate, "proximal_mu" their mu
+        needs: tuple[str, …]                     names of values given to `bind` at build time: "local_training"
+        bind(**values) -> Rule                   the same rule, knowing them
         needs_rows: bool                         True: a linear rule that wants the matrix all the same
+        local_parameters: str | (model) -> [str] patterns of the parameters that stay with their client, unless the
+                                                 run's `model.local` says otherwise
+        local_buffers: bool                      True: so do buffers, whatever the run's `buffers` says
+        adapt_model(model) -> model              what clients train instead of the run's model
     """
 
     def init(self, layout: Layout, num_clients: int) -> State:
@@ -217,7 +223,8 @@ class Objective(Protocol):
     Optional members, found by name:
         proximal_mu: float                        adds (mu/2)‖w − w_received‖² to the loss
         init_client(layout) -> {name: Tensor}     a client's state before its first round, of fixed shapes
-        direction(grads, params, context) -> (direction, step_state)       replaces the gradient in the local step
+        direction(grads, params, context) -> (direction, step_state)       replaces the gradient in the local step;
+                                                  step_state["lr_scale"] (0-d), if there, is a factor on its rate
         finish(params, context) -> (client_state, extras, weight | None)   after the last step; None: n_k
         phases() -> tuple[Phase, …]               parts of the local round; `context.phase` counts them
     """

@@ -33,12 +33,18 @@ class Optimizer:
         self.first: list[Tensor] = []
         self.second: list[Tensor] = []
 
-    def step(self, grads: list[Tensor]) -> None:
-        """Move the parameters by one step; may write into the gradients."""
+    def step(self, grads: list[Tensor], scale: Tensor | None = None) -> None:
+        """Move the parameters by one step; may write into the gradients.
+
+        Args:
+            grads: one a parameter.
+            scale: factor on this step's rate: 0-d, or (R,) for stacked rows; None is 1.
+
+        """
         params, training = self.params, self.training
         self.step_count += 1
         if training.optimizer == "adamw":
-            self._adamw(grads)
+            self._adamw(grads, scale)
             return
         if training.weight_decay:
             torch._foreach_add_(grads, params, alpha=training.weight_decay)
@@ -49,13 +55,17 @@ class Optimizer:
                 torch._foreach_mul_(self.first, training.momentum)
                 torch._foreach_add_(self.first, grads)
             grads = self.first
-        torch._foreach_add_(params, grads, alpha=-self.lr)
+        torch._foreach_add_(params, _scaled(grads, scale), alpha=-self.lr)
 
-    def _adamw(self, grads: list[Tensor]) -> None:
+    def _adamw(self, grads: list[Tensor], rate: Tensor | None) -> None:
         if not self.first:
             self.first = [torch.zeros_like(p) for p in self.params]
             self.second = [torch.zeros_like(p) for p in self.params]
-        torch._foreach_mul_(self.params, 1 - self.lr * self.training.weight_decay)
+        decay = self.lr * self.training.weight_decay
+        if rate is None:
+            torch._foreach_mul_(self.params, 1 - decay)
+        elif decay:
+            torch._foreach_sub_(self.params, _scaled(self.params, decay * rate))
         torch._foreach_lerp_(self.first, grads, 1 - BETAS[0])
         torch._foreach_mul_(self.second, BETAS[1])
         torch._foreach_addcmul_(self.second, grads, grads, value=1 - BETAS[1])
@@ -63,7 +73,15 @@ class Optimizer:
         denominator = torch._foreach_sqrt(self.second)
         torch._foreach_div_(denominator, (1 - BETAS[1] ** self.step_count) ** 0.5)
         torch._foreach_add_(denominator, EPS)
-        torch._foreach_addcdiv_(self.params, self.first, denominator, value=-self.lr / scale)
+        torch._foreach_addcdiv_(self.params, _scaled(self.first, rate), denominator, value=-self.lr / scale)
+
+
+def _scaled(tensors: list[Tensor], scale: Tensor | None) -> list[Tensor]:
+    """Return tensors times a factor each, or one a row: the tensors themselves for None."""
+    if scale is None:
+        return tensors
+    return [tensor * scale.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1)) if scale.dim() else tensor * scale
+            for tensor in tensors]  # fmt: skip
 
 
 def clip(grads: list[Tensor], bound: float) -> None:
