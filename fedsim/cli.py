@@ -12,7 +12,7 @@ import shlex
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
@@ -32,6 +32,7 @@ class Verb(NamedTuple):
     details: str
     takes: str  # name of its positional arguments in the help
     act: Callable[[Arguments], None]
+    options: Mapping[str, str] = {}  # further options that take a value: name → help
 
 
 class Arguments(NamedTuple):
@@ -39,6 +40,7 @@ class Arguments(NamedTuple):
 
     words: list[str]
     config_dir: Path | None
+    options: Mapping[str, str]  # those of the verb's own options that were given
 
 
 class Stopped(KeyboardInterrupt):
@@ -106,6 +108,8 @@ def _run_verb(name: str, words: list[str]) -> None:
     )
     parser.add_argument("words", nargs="*", metavar=verb.takes, help=argparse.SUPPRESS)
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="folder of further choices: DIR/strategy/x.yaml")
+    for option, text in verb.options.items():
+        parser.add_argument(f"--{option}", metavar=option.upper(), help=text)
     parser.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
     parser.add_argument("-V", "--version", action="version", version=f"fedsim {__version__}", help="show the version")
     parser.add_argument("-h", "--help", action="help", help="show this help")
@@ -118,7 +122,8 @@ def _run_verb(name: str, words: list[str]) -> None:
         hint = f"; a setting is written without dashes: {bare}" if bare else ""
         raise UserError(f"fedsim {name} has no option {unknown[0]!r}{hint}")
     _make_importable(Path.cwd())
-    verb.act(Arguments(given.words, given.config_dir))
+    options = {option: value for option in verb.options if (value := getattr(given, option)) is not None}
+    verb.act(Arguments(given.words, given.config_dir, options))
 
 
 class _Parser(argparse.ArgumentParser):
