@@ -60,7 +60,7 @@ class EngineBackend:
         # Rows of their own versions get negative ids: no version of the server's has one.
         received = np.full(len(clients), round - 1) if same else -1 - np.arange(len(clients))
         sent = {name.replace("-", "_"): value for name, value in config.items() if isinstance(value, int | float)}
-        sent.update(broadcast)
+        sent.update({name: self._placed(value) for name, value in broadcast.items()})
         versions = {int(v): models if same else models[k] for k, v in enumerate(received.tolist())}
         job = Job(
             clients=clients,
@@ -71,7 +71,7 @@ class EngineBackend:
             state=self.task.store.get(clients, self.task.device),
             round=round,
             key=round,
-            lr=self.task.training.rate(round),
+            lr=self.task.training.rate(round) * float(sent.get("lr_scale", 1.0)),
         )
         if self.coefficients is not None:
             cohort, buffers = self.trainer.stream(job, self.coefficients, self.reduced_extras)
@@ -83,6 +83,12 @@ class EngineBackend:
             self.buffers = buffers
         self.cohort = cohort
         return cohort
+
+    def _placed(self, value: Any) -> Any:
+        """Bring a tensor to the run's device and dtype: a rule's first state knows neither."""
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(self.task.device, self.task.dtype if value.is_floating_point() else value.dtype)
 
     def evaluate(self, round: int, clients: Int64, models: Tensor) -> Mapping[str, np.ndarray[Any, np.dtype[Any]]]:
         """Return what Flower's strategies average: samples, loss and accuracy on each client's test samples."""

@@ -59,8 +59,10 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     device, dtype = _machine(run)
     dataset, partition, local = data(config, parts)
     splits = local.at(dataset.splits["train"])
-    strategy = parts.get("strategy") or _strategy(config, splits, run)
     client, training = _client(config, parts)
+    strategy = _bound(parts.get("strategy") or _strategy(config, splits, run), local_training=training)
+    if getattr(strategy, "local_buffers", False):
+        run = replace(run, buffers="client")
     model, names = _model(config, parts, dataset, run, strategy)
     train = splits.train
     if getattr(strategy, "pooled", False):
@@ -141,6 +143,12 @@ def _strategy(config: Config, splits: ClientSplits, run: Run) -> Any:
     return instantiate(node, "strategy")
 
 
+def _bound(strategy: Any, **known: Any) -> Any:
+    """Give a rule the values that it asks for by name."""
+    needs = getattr(strategy, "needs", ())
+    return strategy.bind(**{name: known[name] for name in needs}) if needs else strategy
+
+
 def _client(config: Config, parts: Parts) -> tuple[Any, LocalTraining]:
     node = plain(config.client)
     mine = {name: node.pop(name) for name in TRAINING if name in node}
@@ -168,7 +176,10 @@ def _model(config: Config, parts: Parts, dataset: Dataset, run: Run, strategy: A
     model = replace_dropout(model)
     if shared["init"]:
         load_init(model, shared["init"])
+    if adapt := getattr(strategy, "adapt_model", None):
+        model = adapt(model)
     local = shared["local"] or getattr(strategy, "local_parameters", None)
+    local = local(model) if callable(local) else local
     names = split_parameters(model, trainable=shared["trainable"], local=local)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in names.frozen)
@@ -192,7 +203,8 @@ def _task(
         buffers = dict(model.named_buffers())
         first |= {BUFFER + name: buffers[name].detach().clone() for name in names.buffers.names}
     if hasattr(objective, "init_client"):
-        first |= objective.init_client(names.shared)
+        kept = objective.init_client(names.shared)
+        first |= {name: t.to(parameter.dtype) if t.is_floating_point() else t for name, t in kept.items()}
     try:
         work = _probe(model, x, dataset.num_classes) * (training.batch_size or int(partition.sizes.max()))
     except Exception as error:
