@@ -84,6 +84,7 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
         experiment = replace(experiment, foreign=clients)
     experiment = _plan(experiment, config)
     _check_cohort(experiment)
+    _check_stops(experiment)
     return experiment
 
 
@@ -301,6 +302,17 @@ def _needs_rows(experiment: Experiment, evaluation: Evaluation) -> str | None:
     if evaluation.decomposition_every:
         return "metrics.decomposition_every"
     return None
+
+
+def _check_stops(experiment: Experiment) -> None:
+    """Refuse a stop that could never be reached: it would pass in silence."""
+    run = experiment.settings
+    asked = {"target_accuracy": run.target_accuracy, "early_stopping.patience": run.early_stopping.patience}
+    for name in (name for name, value in asked.items() if value is not None):
+        if experiment.task.local.size:
+            raise UserError(f"{name} reads the global model's validation split, but part of each model is its client's")
+        if not len(experiment.dataset.splits.get("validation", ())):
+            raise UserError(f"{name} reads the validation split, which is empty: set data.validation above 0")
 
 
 def _check_cohort(experiment: Experiment) -> None:

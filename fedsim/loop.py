@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ from fedsim.backend import EngineBackend
 from fedsim.console import Observer
 from fedsim.contracts import Cohort, LinearRule, State
 from fedsim.engine.rounds import AllUpdatesBad, Trainer
+from fedsim.errors import UserError
 from fedsim.evaluation import ClientFigures, Evaluator
 from fedsim.experiment import Experiment
 from fedsim.flower.grid import SimulationGrid
@@ -131,7 +134,7 @@ class Loop:
         row, clients = self._measure(due, delta, metrics)
         self.previous = delta
         measured = time.perf_counter()
-        self._stop(row, due)
+        self._stop(row)
         self._record(row, clients)
         ended = time.perf_counter()
         times = {
@@ -147,7 +150,9 @@ class Loop:
         """Say whose updates were left out."""
         trainer = self.backend.trainer
         if trainer.bad:
-            self.observer.warn(f"round {round}: the update of client {_some(trainer.bad)} is not finite; it is left out")
+            self.observer.warn(
+                f"round {round}: the update of client {_some(trainer.bad)} is not finite; it is left out"
+            )
         for client, what in trainer.failures.items():
             self.observer.warn(f"round {round}: client {client} failed and is left out: {what}")
 
@@ -236,11 +241,12 @@ class Loop:
         table = _scatter(everyone, ids, mine) | _scatter(everyone, evaluated.clients, evaluated.columns)
         self.clients.append(self.round, everyone, table)
 
-    def _stop(self, row: Mapping[str, Any], due: Due) -> None:
+    def _stop(self, row: Mapping[str, Any]) -> None:
         """Decide from the validation split alone whether to go on."""
         settings = self.settings
         accuracy, loss = row.get("validation_accuracy"), row.get("validation_loss")
-        if not due.server or accuracy is None or loss is None:
+        regular = self.round == 1 or self.round % (self.experiment.evaluation.every or 1) == 0
+        if not regular or accuracy is None or loss is None:  # else a run's last round would decide a longer run's stop
             return
         if settings.target_accuracy is not None and accuracy >= settings.target_accuracy:
             self.stopped = f"validation accuracy {accuracy:.4f} reached {settings.target_accuracy}"
@@ -260,6 +266,7 @@ class Loop:
         touched, kept = self.task.store.rows()
         rule = self.strategy.state if isinstance(self.strategy, RuleStrategy) else capture(self.strategy, self._new)
         return {
+            "config": _identity(self.experiment.config),
             "weights": self.weights,
             "buffers": self.backend.buffers,
             "strategy": rule if rule is not None else {},
@@ -284,6 +291,8 @@ class Loop:
         checkpoints = self.folder / "checkpoints"
         if checkpoint.rounds(checkpoints):
             self.round, state = checkpoint.load(checkpoints)
+            if state.get("config") != _identity(self.experiment.config):
+                raise UserError(f"{checkpoints}: the checkpoint of round {self.round} is of a run with another config")
             device = self.task.device
             self.weights = state["weights"].to(device)
             self.backend.buffers = state["buffers"].to(device)
@@ -312,6 +321,14 @@ def _scatter(everyone: Int64, ids: Int64, columns: Mapping[str, Any]) -> dict[st
         column[where] = torch.as_tensor(values).double().cpu().numpy()
         table[name] = column
     return table
+
+
+def _identity(config: Mapping[str, Any]) -> str:
+    """Return a digest of what may not change when a run is resumed."""
+    free = ("hydra", "tracker", "num_rounds", "resume")
+    kept = {name: value for name, value in config.items() if name not in free}
+    kept["engine"] = {name: value for name, value in kept["engine"].items() if name != "workers"}
+    return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _some(clients: list[int], most: int = 10) -> str:
