@@ -15,6 +15,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import NamedTuple
 
+from fedsim import plugins
 from fedsim.errors import UserError, did_you_mean
 
 
@@ -24,10 +25,11 @@ class Entry(NamedTuple):
     name: str  # as it is written on the command line, e.g. "flower/krum"
     summary: str
     paper: str  # "" where there is none
+    origin: str = ""  # of a plug-in's choice: package and version
 
 
 def roots(config_dir: Path | None = None) -> list[Traversable]:
-    """Return the folders of config groups, fedsim's own first.
+    """Return the folders of config groups: fedsim's own, the user's, the plug-ins'; the first that has a file counts.
 
     Raises:
         UserError: `config_dir` is not a folder.
@@ -36,7 +38,7 @@ def roots(config_dir: Path | None = None) -> list[Traversable]:
     if config_dir is not None and not config_dir.is_dir():
         raise UserError(f"--config-dir {config_dir}: no such folder")
     own: list[Traversable] = [files("fedsim.configs")]
-    return own if config_dir is None else [*own, config_dir]
+    return [*own, *([config_dir] if config_dir else []), *(plugin.folder for plugin in plugins.installed()[0])]
 
 
 def groups(folders: Sequence[Traversable]) -> list[str]:
@@ -72,7 +74,10 @@ def entries(group: str, config_dir: Path | None = None) -> list[Entry]:
     known = groups(folders)
     if group not in known:
         raise UserError(f"no group {group!r}{did_you_mean(group.lower(), known)}")
-    return [Entry(name, *describe(file.read_text(encoding="utf-8"))) for name, file in options(group, folders).items()]
+    return [
+        Entry(name, *describe(file.read_text(encoding="utf-8")), plugins.origin_of(file))
+        for name, file in options(group, folders).items()
+    ]
 
 
 def describe(text: str) -> tuple[str, str]:
@@ -154,10 +159,11 @@ def choice_table(group: str, config_dir: Path | None = None, *, width: int | Non
     found = entries(group, config_dir)
     indent = min(max(len(entry.name) for entry in found), _NAME_WIDTH) + 2
     lines = []
-    for name, summary, paper in found:
+    for name, summary, paper, origin in found:
         text = _hang(f"{name:<{indent}}", summary, indent, width)
         lines += [_styled(text[0][: len(name)], "1", on=style) + text[0][len(name) :], *text[1:]]
         lines += [_styled(line, "2", on=style) for line in (_hang(" " * indent, paper, indent, width) if paper else [])]
+        lines += [_styled(" " * indent + f"plug-in {origin}", "2", on=style)] if origin else []
     return "\n".join(lines)
 
 

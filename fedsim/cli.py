@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from fedsim import __version__
+from fedsim import __version__, plugins
 from fedsim.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def _run_verb(name: str, words: list[str]) -> None:
         prog=f"fedsim {name}",
         usage=f"fedsim {name} [{verb.takes}{'' if name == 'list' else ' ...'}] [--config-dir DIR] [-v]",
         description=verb.summary + ".\n\n" + textwrap.dedent(verb.details).strip(),
+        epilog=plugins.help_text() if verb.takes == "name=value" else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
@@ -121,6 +122,8 @@ def _run_verb(name: str, words: list[str]) -> None:
         bare = unknown[0].lstrip("-").replace("-", "_")
         hint = f"; a setting is written without dashes: {bare}" if bare else ""
         raise UserError(f"fedsim {name} has no option {unknown[0]!r}{hint}")
+    for line in plugins.installed()[1]:
+        print(f"warning: {line}", file=sys.stderr)
     _make_importable(Path.cwd())
     options = {option: value for option in verb.options if (value := getattr(given, option)) is not None}
     verb.act(Arguments(given.words, given.config_dir, options))
@@ -140,6 +143,7 @@ def _make_importable(folder: Path) -> None:
 def _help() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+    added = f"{text}\n\n" if (text := plugins.help_text()) else ""
     return f"""\
 usage: fedsim COMMAND [name=value ...] [--config-dir DIR] [-v]
 
@@ -154,7 +158,7 @@ examples:
   fedsim partition partition=shards partition.num_clients=100
   fedsim list strategy
 
-Each command has its own --help. -v shows the traceback of an error, --version the version.
+{added}Each command has its own --help. -v shows the traceback of an error, --version the version.
 Exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted."""
 
 

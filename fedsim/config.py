@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsim import catalogue, misfit
+from fedsim import catalogue, misfit, plugins
 from fedsim.construct import build, construct
 from fedsim.errors import UserError
 from fedsim.settings import Checkpoint, EarlyStopping, Run
@@ -126,9 +126,8 @@ def _check_choice(item: Given, known: Mapping[str, Sequence[str]]) -> None:
 
 def _compose(overrides: Sequence[str], config_dir: Path | None) -> Config:
     """Compose with Hydra; keep of its own node what a run needs."""
-    extra = [] if config_dir is None else [f"hydra.searchpath=['file://{_escape(str(config_dir.resolve()))}']"]
     with initialize_config_module("fedsim.configs", version_base="1.3"):
-        config = hydra_compose("config", [*overrides, *extra], return_hydra_config=True)
+        config = hydra_compose("config", [*overrides, *plugins.search_path(config_dir)], return_hydra_config=True)
     node = config.hydra
     chosen = {str(k): v for k, v in node.runtime.choices.items() if not str(k).startswith("hydra/")}
     if not any(text.startswith("hydra.run.dir=") for text in overrides):
@@ -141,10 +140,6 @@ def _compose(overrides: Sequence[str], config_dir: Path | None) -> Config:
             "overrides": {"task": list(overrides)},
         }
     return config
-
-
-def _escape(path: str) -> str:
-    return path.replace("'", "\\'")
 
 
 def _diagnose(given: Sequence[Given], known: Mapping[str, Any], config_dir: Path | None, error: Exception) -> str:
@@ -196,7 +191,7 @@ def _check_shadowed(config: Config, config_dir: Path | None) -> None:
     """Refuse a file of the user's that Hydra passes over because fedsim has one of the same name."""
     if config_dir is None:
         return
-    own = catalogue.roots()
+    own = [catalogue.roots()[0]]
     for group, choice in config.hydra.runtime.choices.items():
         path = config_dir / group / f"{choice}.yaml"
         if path.is_file() and choice in catalogue.options(group, own):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fedsim import catalogue
+from fedsim import catalogue, plugins
 from fedsim.errors import did_you_mean
 
 _NUM_SHOWN = 12  # more choices than this are not listed in an error
@@ -55,6 +55,9 @@ def no_choice(group: str, name: str, known: Iterable[str]) -> str:
     if ends and name.lower() not in known:
         return f"{what}; did you mean {ends[0]!r}?"
     hint = did_you_mean(name.lower(), known)
+    near = hint.partition("did you mean '")[2].partition("'")[0]
+    if origin := plugins.origin_of(catalogue.options(group, catalogue.roots()).get(near)):
+        hint += f" It comes from the plug-in {origin}"
     return what + (hint if "did you mean" in hint or len(known) <= _NUM_SHOWN else f"; see fedsim list {group}")
 
 

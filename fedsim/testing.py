@@ -20,6 +20,7 @@ from fedsim.errors import UserError, did_you_mean
 from fedsim.laws import check_strategy as check_strategy
 from fedsim.laws import cohort_of as cohort_of
 from fedsim.linalg import finite_rows
+from fedsim.plugins import search_path
 
 
 def build_rule(name: str, **arguments: Any) -> Any:
@@ -44,7 +45,7 @@ def build_rule(name: str, **arguments: Any) -> Any:
 
     with initialize_config_module(config_module="fedsim.configs", version_base="1.3"):
         try:
-            composed = compose(overrides=["+client=sgd", f"+strategy={name}"])
+            composed = compose(overrides=["+client=sgd", f"+strategy={name}", *search_path()])
         except MissingConfigException as error:
             known = strategy_names()
             raise UserError(f"no strategy {name!r}{did_you_mean(name, known)}") from error
@@ -61,7 +62,7 @@ def build_rule(name: str, **arguments: Any) -> Any:
 
 def strategy_names() -> list[str]:
     """Return the names of fedsim's own strategies, ascending; Flower's are under `flower/`."""
-    return [name for name in options("strategy", roots()) if "/" not in name]
+    return [name for name in options("strategy", roots()[:1]) if "/" not in name]
 
 
 def apply_rule(
