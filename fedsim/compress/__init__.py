@@ -1,0 +1,1 @@
+"""What clients send instead of D numbers, and what it weighs."""
