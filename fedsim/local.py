@@ -13,6 +13,7 @@ from fedsim.contracts import Partition, Phase
 from fedsim.rng import keyed_bits, segment_permutations
 
 Int64 = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)

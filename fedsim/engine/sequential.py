@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from fedsim.contracts import Batch, Context, Phase
 from fedsim.engine.model import Functional
 from fedsim.engine.optimizer import Optimizer, clip
-from fedsim.engine.task import BUFFER, LOCAL, Block, Job, Task, row_keys
+from fedsim.engine.task import BUFFER, LOCAL, Block, Job, Task, local_round, row_keys
 from fedsim.layout import Params
-from fedsim.local import Schedule, moving, schedule
+from fedsim.local import Schedule, moving
 from fedsim.metrics.classification import segment_sums
 from fedsim.models.dropout import KeyedDropout, dropout_key
 from fedsim.rng import fold_in
@@ -197,9 +197,7 @@ class Sequential:
     def _plan(self, job: Job, number: int, phase: Phase | None) -> _Plan:
         """Lay out a phase; small cohorts' samples are gathered here at once, others' pass by pass."""
         task = self.task
-        order = schedule(
-            task.training, task.samples_of(phase), job.clients, seed=task.seed, round=job.key, phase=(number, phase)
-        )
+        order = local_round(task, job, number, phase)
         positions = torch.from_numpy(order.positions).to(task.device)  # (M,)
         names = moving((*task.shared.names, *task.local.names), phase)
         x = self._x.index_select(0, positions) if len(positions) * self._x[0].numel() <= GATHER_ENTRIES else None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedsim.contracts import Partition, Phase
 from fedsim.engine.store import ClientStore
 from fedsim.layout import Layout
-from fedsim.local import Int64, LocalTraining
+from fedsim.local import Floats, Int64, LocalTraining, Schedule, schedule
 from fedsim.rng import keyed_bits
 
 LOCAL = "local/"  # prefix of personal parameters in a client's state
@@ -84,6 +84,7 @@ class Job:
     round: int  # of the aggregation that these rows meet
     key: int | Int64  # keys the randomness: the round, or (K,) one number per row
     lr: float
+    work: Floats | None = None  # (K,) share of the local steps that each row does, in (0, 1]; None: all
 
     def __len__(self) -> int:
         return len(self.clients)
@@ -104,6 +105,7 @@ class Job:
             clients=self.clients[rows],
             received=self.received[rows],
             key=self.key[rows] if isinstance(self.key, np.ndarray) else self.key,
+            work=None if self.work is None else self.work[rows],
             state={name: value[chosen] for name, value in self.state.items()},
         )
 
@@ -132,6 +134,16 @@ class Engine(Protocol):
     def close(self) -> None:
         """Let go of workers."""
         ...
+
+
+def local_round(task: Task, job: Job, number: int, phase: Phase | None) -> Schedule:
+    """Lay out one phase of a job's local rounds, with no more steps than each row does."""
+    order = schedule(
+        task.training, task.samples_of(phase), job.clients, seed=task.seed, round=job.key, phase=(number, phase)
+    )
+    if job.work is None:
+        return order
+    return order._replace(num_steps=np.ceil(job.work * order.num_steps - 1e-9).astype(np.int64))
 
 
 def row_keys(task: Task, job: Job) -> Tensor:

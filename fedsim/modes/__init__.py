@@ -1,0 +1,1 @@
+"""When the server waits for whom: synchronous rounds, deadlines, fixed delays, buffers."""
