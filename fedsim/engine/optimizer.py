@@ -17,7 +17,7 @@ class Optimizer:
 
     Args:
         training: what clients do.
-        params: the tensors to move, in place.
+        params: the tensors to move, in place; each client's own, or rows of many clients (R, …).
         lr: this round's rate.
 
     """
@@ -33,39 +33,44 @@ class Optimizer:
         self.first: list[Tensor] = []
         self.second: list[Tensor] = []
 
-    def step(self, grads: list[Tensor], scale: Tensor | None = None) -> None:
+    def step(self, grads: list[Tensor], count: int | None = None, *, scale: Tensor | None = None) -> None:
         """Move the parameters by one step; may write into the gradients.
 
         Args:
-            grads: one a parameter.
-            scale: factor on this step's rate: 0-d, or (R,) for stacked rows; None is 1.
+            grads: one for each parameter; of its first `count` rows where that is given.
+            count: rows that have a step left; None: the parameters have no axis of rows, or all do.
+            scale: factor on this step's rate: 0-d, or one a row of the gradients; None is 1.
 
         """
-        params, training = self.params, self.training
         self.step_count += 1
-        if training.optimizer == "adamw":
-            self._adamw(grads, scale)
+        params = self.params if count is None else [p[:count] for p in self.params]
+        if self.training.optimizer == "adamw":
+            self._adamw(params, grads, count, scale)
             return
-        if training.weight_decay:
-            torch._foreach_add_(grads, params, alpha=training.weight_decay)
-        if training.momentum:
+        if self.training.weight_decay:
+            torch._foreach_add_(grads, params, alpha=self.training.weight_decay)
+        if self.training.momentum:
             if not self.first:
                 self.first = [grad.clone() for grad in grads]
             else:
-                torch._foreach_mul_(self.first, training.momentum)
+                self.first = self.first if count is None else [m[:count] for m in self.first]
+                torch._foreach_mul_(self.first, self.training.momentum)
                 torch._foreach_add_(self.first, grads)
             grads = self.first
         torch._foreach_add_(params, _scaled(grads, scale), alpha=-self.lr)
 
-    def _adamw(self, grads: list[Tensor], rate: Tensor | None) -> None:
+    def _adamw(self, params: list[Tensor], grads: list[Tensor], count: int | None, factor: Tensor | None) -> None:
         if not self.first:
-            self.first = [torch.zeros_like(p) for p in self.params]
-            self.second = [torch.zeros_like(p) for p in self.params]
+            self.first = [torch.zeros_like(p) for p in params]
+            self.second = [torch.zeros_like(p) for p in params]
+        elif count is not None:  # rows only ever leave, from the end
+            self.first = [m[:count] for m in self.first]
+            self.second = [m[:count] for m in self.second]
         decay = self.lr * self.training.weight_decay
-        if rate is None:
-            torch._foreach_mul_(self.params, 1 - decay)
+        if factor is None:
+            torch._foreach_mul_(params, 1 - decay)
         elif decay:
-            torch._foreach_sub_(self.params, _scaled(self.params, decay * rate))
+            torch._foreach_sub_(params, _scaled(params, decay * factor))
         torch._foreach_lerp_(self.first, grads, 1 - BETAS[0])
         torch._foreach_mul_(self.second, BETAS[1])
         torch._foreach_addcmul_(self.second, grads, grads, value=1 - BETAS[1])
@@ -73,15 +78,16 @@ class Optimizer:
         denominator = torch._foreach_sqrt(self.second)
         torch._foreach_div_(denominator, (1 - BETAS[1] ** self.step_count) ** 0.5)
         torch._foreach_add_(denominator, EPS)
-        torch._foreach_addcdiv_(self.params, _scaled(self.first, rate), denominator, value=-self.lr / scale)
+        torch._foreach_addcdiv_(params, _scaled(self.first, factor), denominator, value=-self.lr / scale)
 
 
-def _scaled(tensors: list[Tensor], scale: Tensor | None) -> list[Tensor]:
-    """Return tensors times a factor each, or one a row: the tensors themselves for None."""
-    if scale is None:
+def _scaled(tensors: list[Tensor], factor: Tensor | None) -> list[Tensor]:
+    """Return tensors times one factor, or rows times one each; the tensors themselves for None."""
+    if factor is None:
         return tensors
-    return [tensor * scale.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1)) if scale.dim() else tensor * scale
-            for tensor in tensors]  # fmt: skip
+    if factor.dim() == 0:
+        return [tensor * factor.to(tensor.dtype) for tensor in tensors]
+    return [tensor * factor.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1)) for tensor in tensors]
 
 
 def clip(grads: list[Tensor], bound: float) -> None:

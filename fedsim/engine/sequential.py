@@ -177,7 +177,7 @@ class Sequential:
                 turned, step_state = direction(named, {n: p.detach() for n, p in self.params.items()}, context)
                 grads = [turned[name].clone() for name in plan.moving]
                 context = _at(context, step, step_state)
-            update.optimizer.step(grads, context.step_state.get("lr_scale"))
+            update.optimizer.step(grads, scale=context.step_state.get("lr_scale"))
         return context
 
     def _loss(self, x: Tensor, y: Tensor, context: Context) -> Tensor:

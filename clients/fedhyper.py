@@ -1,0 +1,141 @@
+r"""FedHyper-CL's client: each client's rate follows the inner products of its own consecutive steps.
+
+Wang et al., ICLR 2024, eq. 20. https://arxiv.org/abs/2310.03156 (the server's side is `strategies/fedhyper.py`).
+The factor m on lr is 1 in a round's first step. With g_k the gradient of step k and Δ the server's last step:
+    additive         m ← clip(m + κ (⟨g_k, g_{k−1}⟩ − (c/K) ⟨g_k, Δ⟩), m_min, m_max),   then the step with m · lr
+    multiplicative   m ← clip(m · min(1.1, 1 + κ (⟨d_k, d_{k−1}⟩ + (c/K) ⟨d_k, Δ⟩)), m_min, m_max)
+Additive is the paper's form, c = 1, with its rate taken relative to lr. Multiplicative is the released code's
+(ATP-1010/FedHyper, `update.py`), c = 0.1, on whole steps d of the optimiser: the step after d_k takes m · lr, d_0 is
+passed over, and d_1's predecessor is Δ. The code passes over the first batch of later local epochs too; here not.
+A cosine in the place of a product (`normalize`) is not in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsim.clients.cross_entropy import CrossEntropy
+from fedsim.contracts import Context
+from fedsim.layout import Params
+
+NORMALIZE = ("none", "cosine")
+RECURRENCES = ("additive", "multiplicative")
+GROWTH = 1.1  # bound of the released code on what one step may multiply m by
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"recurrence": "additive", "global_weight": 1.0},
+    "reference": {"recurrence": "multiplicative", "global_weight": 0.1},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedHyper:
+    """Any objective, trained at a rate that it adapts step by step. Nothing waits for the device.
+
+    Args:
+        objective: what is minimised; cross-entropy.
+        kappa: κ ≥ 0; 0 is the objective itself.
+        normalize: "none" as published, or "cosine".
+        preset: "paper", or "reference" for the released recurrence; sets what is None below.
+        min_rate: bound on m in (0, 1].
+        max_rate: bound on m ≥ 1.
+        recurrence: "additive" or "multiplicative".
+        global_weight: c ≥ 0; 0 leaves the server's step out.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    """
+
+    objective: Any = field(default_factory=CrossEntropy)
+    kappa: float = 1.0
+    normalize: str = "none"
+    preset: str = "paper"
+    min_rate: float = 0.1
+    max_rate: float = 10.0
+    recurrence: str | None = None
+    global_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"FedHyper's preset is one of {', '.join(PRESETS)}, got {self.preset!r}")
+        for argument, value in PRESETS[self.preset].items():
+            if getattr(self, argument) is None:
+                object.__setattr__(self, argument, value)
+        for argument, known in (("normalize", NORMALIZE), ("recurrence", RECURRENCES)):
+            if getattr(self, argument) not in known:
+                raise ValueError(f"FedHyper's {argument} is one of {', '.join(known)}, got {getattr(self, argument)!r}")
+        for argument in ("kappa", "global_weight"):
+            if not 0 <= getattr(self, argument) < float("inf"):
+                raise ValueError(f"FedHyper needs a finite {argument} >= 0, got {getattr(self, argument)}")
+        if not 0 < self.min_rate <= 1 <= self.max_rate < float("inf"):
+            raise ValueError(f"FedHyper needs 0 < min_rate <= 1 <= max_rate, got {self.min_rate} and {self.max_rate}")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "objective":  # asked for before there is one, e.g. by copy
+            raise AttributeError(name)
+        return getattr(self.objective, name)
+
+    def direction(
+        self, grads: Params, params: Mapping[str, Tensor], context: Context
+    ) -> tuple[Params, dict[str, Tensor]]:
+        """Return the objective's own direction, and m for this step."""
+        inner, state = getattr(self.objective, "direction", None), {}
+        if inner is not None:
+            grads, state = inner(grads, params, context)
+        names = [name for name in grads if name in context.layout.slices]
+        if not names:  # a phase that moves personal parameters alone
+            return grads, state
+        move = self._additive if self.recurrence == "additive" else self._multiplicative
+        source = grads if self.recurrence == "additive" else params
+        flat = torch.cat([source[name].flatten() for name in names])  # (d,)
+        return grads, {**state, **move(flat, names, context)}
+
+    def finish(self, params: Params, context: Context) -> tuple[Mapping[str, Tensor], dict[str, Tensor], Any]:
+        """Return what the objective returns, and upload the last step's m as `lr_scale`."""
+        inner = getattr(self.objective, "finish", None)
+        state, extras, weight = inner(params, context) if inner else ({}, {}, None)
+        scale = context.step_state.get("lr_scale", next(iter(params.values())).new_ones(()))
+        return state, {**extras, "lr_scale": scale}, weight
+
+    def _additive(self, grad: Tensor, names: list[str], context: Context) -> dict[str, Tensor]:
+        scale = context.step_state.get("lr_scale", grad.new_ones(()))
+        if context.step:
+            h = self._product(grad, context.step_state["hyper_last"]) - self._to_server(grad, names, context)
+            scale = (scale + self.kappa * h).clamp(self.min_rate, self.max_rate)
+        return {"lr_scale": scale, "hyper_last": grad}
+
+    def _multiplicative(self, position: Tensor, names: list[str], context: Context) -> dict[str, Tensor]:
+        last = context.step_state
+        scale, step = last.get("lr_scale", position.new_ones(())), torch.zeros_like(position)
+        if context.step > 1:
+            step = position - last["hyper_position"]  # (d,)
+            before = self._sent(names, context) if context.step == 2 else last["hyper_last"]
+            h = self._to_server(step, names, context) + (0.0 if before is None else self._product(step, before))
+            scale = (scale * (1 + self.kappa * h).clamp(max=GROWTH)).clamp(self.min_rate, self.max_rate)
+        return {"lr_scale": scale, "hyper_last": step, "hyper_position": position}
+
+    def _to_server(self, x: Tensor, names: list[str], context: Context) -> Tensor:
+        """Return (c/K) ⟨x, Δ⟩ of x (d,)."""
+        sent = self._sent(names, context)
+        if sent is None or not self.global_weight:
+            return x.new_zeros(())
+        return self._product(x, sent) * (self.global_weight / context.broadcast["num_participants"])
+
+    def _sent(self, names: list[str], context: Context) -> Tensor | None:
+        """Return the entries (d,) of Δ that belong to names; None if the server sends none."""
+        previous: Tensor | None = context.broadcast.get("previous")
+        if previous is None or len(names) == len(context.layout.names):
+            return previous
+        return torch.cat([previous[context.layout.slices[name]] for name in names])
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        product: Tensor = a @ b  # ()
+        if self.normalize == "none":
+            return product
+        norms = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)  # ()
+        return torch.where(norms > 0, product / norms, 0.0)
