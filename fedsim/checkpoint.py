@@ -41,11 +41,15 @@ def save(folder: Path, round: int, state: State, *, keep: int = 2) -> None:
     tree = _plain(state, tensors)
     stem = folder / f"round-{round:08d}"
     partial = stem.with_suffix(".partial")
-    save_file(tensors, partial)
-    size = partial.stat().st_size
-    os.replace(partial, stem.with_suffix(".safetensors"))
-    partial.write_text(json.dumps({"round": round, "bytes": size, "state": tree}))
-    os.replace(partial, stem.with_suffix(".json"))
+    try:
+        save_file(tensors, partial)
+        size = partial.stat().st_size
+        os.replace(partial, stem.with_suffix(".safetensors"))
+        partial.write_text(json.dumps({"round": round, "bytes": size, "state": tree}))
+        os.replace(partial, stem.with_suffix(".json"))
+    except OSError:  # what is half-written would keep a full disk full
+        partial.unlink(missing_ok=True)
+        raise
     for old in rounds(folder)[: -max(keep, 1)]:
         for suffix in (".json", ".safetensors"):
             (folder / f"round-{old:08d}{suffix}").unlink(missing_ok=True)
