@@ -205,6 +205,13 @@ def _how_to_resume(folder: Path) -> str:
     return f"interrupted; go on with: fedsim run {quoted('resume', str(folder))}"
 
 
+def _act_sweep(given: Arguments) -> None:
+    from fedsim.sweep import board, drive
+
+    with board.open_board() as shown:
+        drive.sweep(given.words, given.config_dir, shown)
+
+
 def _act_partition(given: Arguments) -> None:
     from fedsim import config, console
 
@@ -256,6 +263,21 @@ VERBS = {
         """,
         "name=value",
         _act_run,
+    ),
+    "sweep": Verb(
+        "Run every combination of values, several at a time, into one table",
+        """
+        Several values are written a=1,2 or a='range(5)' or strategy='glob(fed*)' (Hydra's sweep grammar). Every trial
+        has its run folder in that of the sweep, which is hydra.sweep.dir; the table is sweep.json and sweep.parquet.
+        sweep.workers=N trials run at a time; null: one per GPU, or sweep.trials_per_gpu of them, else one per core.
+
+        examples:
+          fedsim sweep strategy=fedavg,fedld partition.alpha=0.1,1 seed='range(5)'
+          fedsim sweep client.lr=0.03,0.1,0.3 sweep.workers=2 hydra.sweep.dir=runs/rates
+          fedsim sweep resume=runs/rates
+        """,
+        "name=value,value",
+        _act_sweep,
     ),
     "partition": Verb(
         "Draw a partition, measure its skew and draw its picture, without training",

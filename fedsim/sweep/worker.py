@@ -1,0 +1,160 @@
+"""A worker process of a sweep: does one trial after another, and ends when its parent does.
+
+Imported by the fork server before the first worker is forked, so that every worker starts with torch, Flower and
+Hydra loaded; nothing here may touch a GPU or start a thread at import.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing import connection, parent_process
+from pathlib import Path
+from typing import Any
+
+import matplotlib.backends.backend_agg  # noqa: F401  loaded before the fork: every run draws its partition
+import pyarrow.parquet  # noqa: F401  loaded before the fork: every run merges its client rows
+
+from fedsim import simulation
+from fedsim.config import compose
+from fedsim.console import Plain
+from fedsim.errors import UserError
+from fedsim.folder import locked
+from fedsim.sweep.plan import setting
+from fedsim.sweep.pool import Event, Job
+
+LOG = "log.txt"
+_PATIENCE = 10.0  # seconds for which a killed sweep's worker may still hold a folder
+
+
+class Reporter(Plain):
+    """Writes what `fedsim run` would have said into the trial's log, and tells the sweep how far it is."""
+
+    def __init__(self, stream: Any, tell: Any, seconds: float = 0.2) -> None:
+        super().__init__(stream)
+        self._tell, self._pause, self._told = tell, seconds, -seconds
+
+    def start(self, total: int, done: int) -> None:
+        """Tell the first round and the last."""
+        super().start(total, done)
+        self._tell("start", {"total": total, "done": done})
+
+    def round(self, row: Mapping[str, Any]) -> None:
+        """Tell of the round, unless one was told just now."""
+        super().round(row)
+        now = time.monotonic()
+        if now - self._told >= self._pause:
+            self._told = now
+            self._tell("round", {name: row.get(name) for name in ("round", "accuracy", "loss")})
+
+    def warn(self, line: str) -> None:
+        """Tell the warning; it stands in the log too."""
+        super().warn(line)
+        self._tell("warn", {"line": line})
+
+
+def serve(pipe: connection.Connection, environ: Mapping[str, str], folder: str) -> None:
+    """Do the trials that come through a pipe until it closes.
+
+    Args:
+        pipe: gives `Job`s, takes `Event`s.
+        environ: of the process that sweeps, with this worker's devices; the fork server's may be older.
+        folder: the working directory.
+
+    """
+    os.environ.update(environ)  # what loading fedsim has set besides stays
+    os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the parent decides
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    gc.freeze()  # what was loaded before the fork is never looked through again
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        try:
+            _do(job, pipe)
+        except BrokenPipeError:
+            return
+        gc.collect()
+
+
+def _die_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _do(job: Job, pipe: connection.Connection) -> None:
+    def tell(kind: str, content: Mapping[str, Any]) -> None:
+        pipe.send(Event(kind, job.name, content))
+
+    folder, started = Path(job.folder), time.perf_counter()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _wait_for(folder)
+        with _output_to(folder / LOG):
+            try:
+                _run(job, folder, Reporter(sys.stdout, tell))
+            except BaseException:
+                traceback.print_exc()
+                raise
+    except BrokenPipeError:
+        raise
+    except BaseException as error:  # whatever a trial does, the sweep goes on
+        tell("failed", {"error": _one_line(error), "seconds": time.perf_counter() - started})
+    else:
+        tell("done", {"seconds": time.perf_counter() - started})
+
+
+def _run(job: Job, folder: Path, observer: Reporter) -> None:
+    if (folder / "plan.json").exists():
+        simulation.resume(folder, [], observer)
+        return
+    own = setting("hydra.run.dir", str(folder))
+    config_dir = None if job.config_dir is None else Path(job.config_dir)
+    simulation.run(compose([*job.overrides, own], config_dir=config_dir), observer)
+
+
+def _one_line(error: BaseException) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    plain = isinstance(error, UserError) or type(error) is RuntimeError
+    return first if plain and first else f"{type(error).__name__}: {first}".rstrip(": ")
+
+
+def _wait_for(folder: Path) -> None:
+    """Wait for the worker of a sweep that was killed just now to let go of its folder."""
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            with locked(folder):
+                return
+        except UserError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
+@contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Send both standard streams to a file, those of C libraries and of child processes too."""
+    saved = [os.dup(1), os.dup(2)]
+    with open(path, "ab") as file:
+        try:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, old in zip((1, 2), saved, strict=True):
+                os.dup2(old, number)
+                os.close(old)
