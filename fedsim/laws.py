@@ -96,7 +96,9 @@ def check_strategy(
             raise ValueError(f"no law {name!r}{did_you_mean(name, LAWS)}")
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(num_clients, sum(sizes))) + rng.normal(size=sum(sizes))  # (K, D)
-    cohort = cohort_of(rows, rng.integers(1, 50, num_clients), sizes=sizes, round=2)
+    sizes_of = rng.integers(1, 50, num_clients)  # (K,)
+    uploads = {name: torch.as_tensor(rng.normal(size=rows.shape)) for name in getattr(rule, "reduced_extras", ())}
+    cohort = cohort_of(rows, sizes_of, sizes=sizes, round=2, extras=uploads)
     if hasattr(rule, "check"):
         rule.check(num_clients)
     for name in chosen:
@@ -188,7 +190,8 @@ def _law_streaming(rule: Rule, cohort: Cohort) -> None:
     c = rule.coefficients(streamed, state)
     _expect("streaming", (c >= 0).all() and c.shape == cohort.weights.shape, "coefficients must be (K,) and >= 0")
     mean = sum(c[k] * cohort.rows[k] for k in range(len(cohort))) / c.sum()
-    sums = Sums(streamed, c, cohort.rows.square().sum(1), {})
+    means = {name: cohort.extras[name].mean(0) for name in rule.reduced_extras}
+    sums = Sums(streamed, c, cohort.rows.square().sum(1), means)
     delta, _, _ = rule.finish(torch.as_tensor(mean), sums, state)
     _same("streaming", delta, _run(rule, cohort)[0], "finish on streamed sums differs from the rule on the matrix")
 
