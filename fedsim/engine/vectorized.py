@@ -1,0 +1,110 @@
+"""Clients as rows of one batched program: chunks of them, by fused kernels or `torch.func`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.engine.chunk import Chunk, Plan
+from fedsim.engine.gradients import lanes
+from fedsim.engine.task import Block, Job, Task
+from fedsim.local import Int64, moving, schedule
+
+CHUNK_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 28}  # of a chunk's weights: on a CPU they should stay in cache
+CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
+
+
+class Vectorized:
+    """Trains chunks of clients as rows of one batched program.
+
+    On a CPU each thread trains chunks of its own (the kernels of a chunk run on one thread, so none waits for
+    another). Which rows make up a chunk depends on the cohort alone, so the number of threads changes no bit.
+
+    Args:
+        task: what all rounds share.
+        chunk: rows of a chunk, ≥ 1; None: from a fixed table of parameters and device.
+        kernels: "fused", "generic", or "auto": fused where every layer has a kernel and the objective is a criterion.
+        threads: on a CPU, chunks in training at once, ≥ 1; None: as many as torch has threads.
+
+    Raises:
+        ValueError: an argument is out of range, or what a client does cannot be batched that way.
+
+    """
+
+    def __init__(
+        self, task: Task, *, chunk: int | None = None, kernels: str = "auto", threads: int | None = None
+    ) -> None:
+        if kernels not in {"auto", "fused", "generic"}:
+            raise ValueError(f"engine.kernels must be auto, fused or generic, got {kernels!r}")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"engine.chunk must be >= 1, got {chunk}")
+        self.task = task
+        kind = "cuda" if task.device.type == "cuda" else "cpu"
+        size = max(1, task.shared.size + task.local.size)
+        self.chunk = chunk or max(1, min(CHUNK_ROWS[kind], CHUNK_ENTRIES[kind] // size))
+        self._threads = (threads or torch.get_num_threads()) if kind == "cpu" else 1
+        self._lanes: SimpleQueue[Any] = SimpleQueue()
+        for lane in lanes(task, kernels, self._threads):
+            self._lanes.put(lane)
+            fused = lane.fused
+        self._pool = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,))
+        self.plan: Mapping[str, Any] = {
+            "engine": "vectorized", "kernels": "fused" if fused else "generic", "chunk": self.chunk,
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=True)
+
+    def train(self, job: Job, out: Tensor) -> Block:
+        """Train the rows of a job and write their updates w_k − w_received into out (K, D)."""
+        task = self.task
+        names = (*task.shared.names, *task.local.names)
+        plans = []
+        for number, phase in enumerate(task.phases):
+            samples, part = task.samples_of(phase), (number, phase)
+            passes = schedule(task.training, samples, job.clients, seed=task.seed, round=job.key, phase=part)
+            plans.append(Plan(number, moving(names, phase), passes))
+        num_steps = np.sum([plan.schedule.num_steps for plan in plans], axis=0)  # (K,)
+        # Longest rows first, so that the rows with a step left are always a chunk's first ones.
+        order = np.argsort(-num_steps, kind="stable")  # (K,)
+        in_place = bool((order == np.arange(len(order))).all())
+        block = _room(task, job, num_steps)
+
+        def run(rows: Int64) -> None:
+            gradient = self._lanes.get()
+            try:
+                with torch.no_grad():
+                    room = out[rows[0] : rows[-1] + 1] if in_place else out.new_empty(len(rows), out.shape[1])
+                    Chunk(task, job, plans, rows, gradient).train(room, block)
+                    if not in_place:
+                        out[torch.from_numpy(rows).to(out.device)] = room
+            finally:
+                self._lanes.put(gradient)
+
+        chunks = [order[low : low + self.chunk] for low in range(0, len(order), self.chunk)]
+        if len(chunks) == 1 or self._threads == 1:
+            for rows in chunks:
+                run(rows)
+        else:
+            list(self._pool.map(run, chunks))
+        return block
+
+
+def _room(task: Task, job: Job, num_steps: Int64) -> Block:
+    """Return the block that chunks write into."""
+    count, device = len(job), task.device
+    return Block(
+        square_norms=torch.empty(count, dtype=task.dtype, device=device),
+        weights=torch.from_numpy(task.partition.sizes[job.clients].astype(np.float64)).to(device),
+        num_steps=torch.from_numpy(num_steps),
+        extras={"train_loss": torch.zeros(count, dtype=task.dtype, device=device)},
+        buffers=torch.zeros(count, 0, dtype=task.dtype, device=device),
+        state={name: value.clone() for name, value in job.state.items()},
+    )

@@ -1,0 +1,304 @@
+"""Rows of one batched program train as each client would alone."""
+
+import copy
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedsim.clients.cross_entropy import CrossEntropy
+from fedsim.clients.fedprox import FedProx
+from fedsim.clients.margin import Margin
+from fedsim.contracts import Partition, Phase
+from fedsim.engine.auto import make_engine
+from fedsim.engine.rounds import Trainer
+from fedsim.engine.sequential import Sequential
+from fedsim.engine.store import ClientStore
+from fedsim.engine.task import LOCAL, Job, Task
+from fedsim.engine.vectorized import Vectorized
+from fedsim.errors import UserError
+from fedsim.layout import Layout
+from fedsim.local import LocalTraining
+from fedsim.models.char_gru import char_gru
+from fedsim.models.cnn import cnn
+from fedsim.models.mlp import mlp
+from fedsim.models.parameters import split_parameters
+from fedsim.models.resnet import resnet8
+from fedsim.rng import fold_in
+
+SIZES = np.array([7, 1, 20, 13, 4, 4])  # unequal on purpose: prefixes shrink, last batches are short
+N = int(SIZES.sum())
+GENERATOR = torch.Generator().manual_seed(0)
+MODELS = {
+    "mlp": (lambda: mlp((8,), 5, hidden=(6,)), torch.randn(N, 8, generator=GENERATOR), 5),
+    "cnn": (
+        lambda: cnn((1, 12, 12), 5, channels=(3, 4), hidden=6, dropout=(0.2, 0.3)),
+        torch.randn(N, 1, 12, 12, generator=GENERATOR),
+        5,
+    ),
+    "resnet8": (lambda: resnet8((3, 8, 8), 5), torch.randn(N, 3, 8, 8, generator=GENERATOR), 5),
+    "char_gru": (
+        lambda: char_gru((6,), 9, embedding=3, hidden=4),
+        torch.randint(0, 9, (N, 6), generator=GENERATOR),
+        9,
+    ),
+}
+TRAININGS = {
+    "sgd": LocalTraining(lr=0.2, batch_size=4, local_epochs=2),
+    "decay": LocalTraining(lr=0.2, batch_size=4, weight_decay=0.1),
+    "momentum": LocalTraining(lr=0.1, batch_size=5, momentum=0.9, weight_decay=0.1),
+    "clipped": LocalTraining(lr=0.1, batch_size=4, local_steps=5, clip_norm=0.05),
+    "adamw": LocalTraining(optimizer="adamw", lr=0.01, batch_size=4, weight_decay=0.1, local_epochs=2),
+    "whole": LocalTraining(lr=0.1, batch_size=None, local_epochs=2),
+}
+
+
+def make_task(
+    name="mlp", objective=None, training=None, *, module=None, local=None, trainable=None, dtype=torch.float64
+):
+    build, x, classes = MODELS[name]
+    torch.manual_seed(1)
+    module = copy.deepcopy(module or build()).to(dtype)
+    parts = split_parameters(module, local=local, trainable=trainable)
+    own = dict(module.named_parameters())
+    for key in parts.frozen:
+        own[key].requires_grad_(False)
+    first = {LOCAL + key: own[key].detach().clone() for key in parts.local.names}
+    objective = objective or CrossEntropy()
+    if hasattr(objective, "init_client"):
+        first |= {key: value.to(dtype) for key, value in objective.init_client(parts.shared).items()}
+    partition = Partition(np.random.default_rng(0).permutation(N), np.concatenate([[0], np.cumsum(SIZES)]))
+    task = Task(
+        module=module,
+        shared=parts.shared,
+        local=parts.local,
+        buffers=Layout((), ()),
+        objective=objective,
+        training=training or TRAININGS["sgd"],
+        x=x.to(dtype) if x.is_floating_point() else x,
+        y=torch.randint(0, classes, (N,), generator=torch.Generator().manual_seed(2)),
+        partition=partition,
+        store=ClientStore(len(SIZES), first),
+    )
+    return task, parts.shared.join({key: own[key].detach().clone() for key in parts.shared.names})
+
+
+def make_job(task, weights, clients=None, **changes):
+    clients = np.arange(len(SIZES)) if clients is None else np.array(clients)
+    job = Job(
+        clients=clients,
+        received=np.zeros(len(clients), dtype=np.int64),
+        models={0: weights},
+        broadcasts={},
+        buffers=weights.new_zeros(0),
+        state=task.store.get(clients, torch.device("cpu")),
+        round=1,
+        key=1,
+        lr=task.training.lr,
+    )
+    return replace(job, **changes)
+
+
+def train(engine, job, size):
+    out = torch.empty(len(job), size, dtype=next(iter(job.models.values())).dtype)
+    return out, engine.train(job, out)
+
+
+def compare(make_objective, name="mlp", training=None, kernels="auto", tolerance=1e-9, rounds=1, chunk=4, **changes):
+    """Train on both engines and compare everything that rows leave."""
+    results = []
+    for kind in (Sequential, lambda task: Vectorized(task, kernels=kernels, chunk=chunk, threads=2)):
+        task, weights = make_task(name, make_objective(), training, **changes)
+        trainer = Trainer(kind(task))
+        for number in range(1, rounds + 1):
+            job = make_job(task, weights, round=number, key=number)
+            cohort, _ = trainer.collect(job)
+        results.append((cohort, task.store.rows()[1]))
+        trainer.engine.close()
+    (one, kept), (other, also) = results
+    scale = one.rows.abs().max()
+    torch.testing.assert_close(one.rows, other.rows, rtol=0, atol=tolerance * float(scale))
+    torch.testing.assert_close(one.weights, other.weights)
+    assert torch.equal(one.num_steps, other.num_steps)
+    assert one.extras.keys() == other.extras.keys()
+    for key in one.extras:
+        torch.testing.assert_close(one.extras[key], other.extras[key], rtol=tolerance, atol=tolerance)
+    assert kept.keys() == also.keys()
+    for key in kept:
+        torch.testing.assert_close(kept[key], also[key], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kernels", ["fused", "generic"])
+@pytest.mark.parametrize("training", TRAININGS)
+def test_every_optimiser_takes_the_clients_own_steps(training, kernels):
+    # 1e-9: promise 3 between engine families in float64
+    compare(CrossEntropy, training=TRAININGS[training], kernels=kernels)
+
+
+@pytest.mark.parametrize("kernels", ["fused", "generic"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_trains_as_alone(name, kernels):
+    compare(CrossEntropy, name, kernels=kernels)
+    compare(CrossEntropy, name, TRAININGS["momentum"], kernels=kernels)
+
+
+@pytest.mark.parametrize("kernels", ["fused", "generic"])
+@pytest.mark.parametrize("training", ["sgd", "decay", "momentum", "adamw"])
+@pytest.mark.parametrize(
+    "objective", [lambda: Margin(margin_lambda=0.3), lambda: FedProx(proximal_mu=0.4)], ids=["margin", "fedprox"]
+)
+def test_margin_and_proximal_terms(objective, training, kernels):
+    compare(objective, training=TRAININGS[training], kernels=kernels)
+
+
+def test_float32_agrees_to_its_own_digits():
+    compare(CrossEntropy, tolerance=1e-4, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("kernels", ["fused", "generic"])
+def test_frozen_and_local_parameters(kernels):
+    compare(CrossEntropy, kernels=kernels, trainable=["head"], rounds=2)
+    compare(CrossEntropy, kernels=kernels, local="head", rounds=2)
+    compare(CrossEntropy, "cnn", kernels=kernels, trainable=["head", "conv2"])
+
+
+@dataclass(frozen=True)
+class Controlled:
+    """A control variate in the clients' state, moved by what the step state saw: every optional member at once."""
+
+    def init_client(self, layout):
+        return {"control": torch.zeros(layout.size), "visits": torch.zeros(())}
+
+    def loss(self, model, params, batch, context):
+        pull = sum(((params[n] - context.received[n]) ** 2).sum() for n in params if n in context.received)
+        noise = fold_in(context.key, context.step).double() / 2**32
+        loss = nn.functional.cross_entropy(model(params, batch.x), batch.y) + (0.1 + 0.01 * noise) * pull
+        return loss * (1 + 0.001 * context.client_state["visits"]), {}
+
+    def direction(self, grads, params, context):
+        control = context.layout.split(context.client_state["control"])
+        seen = context.step_state["seen"] if context.step_state else torch.zeros_like(context.key, dtype=torch.float64)
+        return {n: g - control[n] for n, g in grads.items()}, {"seen": seen + 1}
+
+    def finish(self, params, context):
+        moved = context.layout.join({n: params[n] - context.received[n] for n in context.layout.names})
+        kept = {"control": 0.1 * moved, "visits": context.client_state["visits"] + 1}
+        return kept, {"drift": (moved**2).sum(), "half": 0.5 * moved}, context.num_samples * 2
+
+
+def test_state_directions_second_uploads_and_weights():
+    compare(Controlled, rounds=3)
+    compare(Controlled, training=TRAININGS["momentum"], rounds=2, chunk=6)
+
+
+@dataclass(frozen=True)
+class HeadThenBody(CrossEntropy):
+    """Two phases of unlike lengths that move unlike parameters."""
+
+    def phases(self):
+        return (Phase(local_epochs=2, params="head"), Phase(local_steps=3, params="body"))
+
+
+@pytest.mark.parametrize("kernels", ["fused", "generic"])
+def test_phases(kernels):
+    compare(HeadThenBody, kernels=kernels, local="head", rounds=2)
+
+
+def test_rows_may_start_from_their_own_versions():
+    for kernels in ("fused", "generic"):
+        results = []
+        for kind in (Sequential, lambda task, k=kernels: Vectorized(task, kernels=k)):
+            task, weights = make_task(objective=FedProx(proximal_mu=0.3))
+            models = {3: weights, 5: weights * 1.1, 6: -weights}
+            received = np.array([5, 3, 6, 5, 3, 6])
+            job = make_job(task, weights, received=received, models=models, key=np.arange(6) + 40)
+            results.append(train(kind(task), job, task.shared.size)[0])
+        torch.testing.assert_close(*results, rtol=0, atol=1e-9)
+
+
+def test_bits_depend_neither_on_threads_nor_on_who_else_trains_in_other_chunks():
+    results = []
+    for threads in (1, 2, 3):
+        task, weights = make_task(dtype=torch.float32)
+        results.append(train(Vectorized(task, chunk=2, threads=threads), make_job(task, weights), task.shared.size)[0])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_a_row_of_a_smaller_cohort_is_the_same_row():
+    task, weights = make_task()
+    whole = train(Vectorized(task), make_job(task, weights), task.shared.size)[0]
+    part = train(Vectorized(task), make_job(task, weights, clients=(2, 5)), task.shared.size)[0]
+    torch.testing.assert_close(part, whole[[2, 5]], rtol=0, atol=1e-12)
+
+
+def test_streamed_equals_held():
+    task, weights = make_task()
+    trainer = Trainer(Vectorized(task, chunk=2))
+    held, _ = trainer.collect(make_job(task, weights))
+    mean = (held.weights @ held.rows) / held.weights.sum()
+    streamed, _ = trainer.stream(make_job(task, weights), lambda cohort: cohort.weights)
+    torch.testing.assert_close(streamed.streamed.mean, mean, rtol=0, atol=1e-12)
+
+
+class MixesTheBatch(nn.Module):
+    """Looks at other samples of its batch, which merged rows would share."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.layer(x - x.mean(0))
+
+
+class Branches(nn.Module):
+    """Asks for a tensor's value, which no batched program has."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = self.layer(x)
+        return h * 2 if h.sum() > 0 else h
+
+
+def test_a_model_that_mixes_samples_is_batched_by_rows_and_not_merged():
+    task, _ = make_task(module=MixesTheBatch())
+    assert Vectorized(task).plan["kernels"] == "generic"
+    compare(CrossEntropy, module=MixesTheBatch())
+
+
+def test_what_cannot_be_batched_is_named_and_auto_falls_back():
+    task, _ = make_task(module=Branches())
+    with pytest.raises(UserError, match=r"h\.sum\(\) > 0") as caught:
+        make_engine(task, "vectorized", cohort=6, threads=1)
+    assert "engine=sequential runs it" in str(caught.value)
+    engine, reason = make_engine(task, "auto", cohort=6, threads=1)
+    assert engine.plan["engine"] == "sequential"
+    assert "h.sum() > 0" in reason
+
+
+def test_batch_norm_is_refused_with_the_reason():
+    task, _ = make_task()
+    task = replace(task, buffers=Layout(("running_mean",), ((3,),)))
+    with pytest.raises(ValueError, match="running statistics"):
+        Vectorized(task)
+
+
+@pytest.mark.parametrize(
+    ("name", "cohort", "engine"), [("mlp", 6, "vectorized"), ("mlp", 1, "sequential"), ("cnn", 6, "sequential")]
+)
+def test_auto_follows_its_table(name, cohort, engine):
+    task, _ = make_task(name)
+    assert make_engine(task, "auto", cohort=cohort, threads=1)[0].plan["engine"] == engine
+
+
+@pytest.mark.parametrize("arguments", [{"chunk": 0}, {"kernels": "fast"}])
+def test_arguments_are_checked(arguments):
+    task, _ = make_task()
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        Vectorized(task, **arguments)
