@@ -1,6 +1,7 @@
 """The command line: verbs, help, exit codes, and how little a start costs."""
 
 import os
+import shlex
 import subprocess
 import sys
 import types
@@ -84,16 +85,21 @@ def test_every_command_has_help_and_version(verb: str, capsys: pytest.CaptureFix
 
 def test_examples_of_the_help_compose() -> None:
     from fedsim.config import compose
+    from fedsim.sweep import grammar, plan
 
     examples = [
-        line.split() for verb in cli.VERBS.values() for line in verb.details.splitlines() if "  fedsim " in line
+        shlex.split(line) for verb in cli.VERBS.values() for line in verb.details.splitlines() if "  fedsim " in line
     ]
-    examples += [line.split() for line in cli._help().splitlines() if line.startswith("  fedsim ")]
+    examples += [shlex.split(line) for line in cli._help().splitlines() if line.startswith("  fedsim ")]
     assert len(examples) > 8
     for _, verb, *words in examples:
         assert verb in cli.VERBS
-        if verb != "list" and not any(word.startswith("resume=") for word in words):
+        if any(word.startswith("resume=") for word in words):
+            continue
+        if verb in ("run", "partition", "config"):
             compose(words)
+        elif verb in ("sweep", "tune"):
+            plan.check(grammar.read(words, namespaces=("sweep", "tune")), None)
 
 
 def light(code: str) -> str:
@@ -253,8 +259,6 @@ def test_an_interrupt_says_how_to_go_on(
     fail(simulation, KeyboardInterrupt())
 
     def words_of(err: str) -> list[str]:  # as a shell would read the command
-        import shlex
-
         return shlex.split(err.split("go on with: fedsim ")[1])
 
     quoted = str(folder).replace("'", "\\'")

@@ -28,7 +28,9 @@ STACK = (
 RANK = {name: rank for rank, layer in enumerate(STACK) for name in layer}
 
 METHOD_IMPORTS = ("torch", "numpy", "fedsim.contracts", "fedsim.linalg", "fedsim.layout", "fedsim.rng")
-CONFIG_MODULES = {f"fedsim/{name}.py" for name in ("cli", "config", "build", "simulation", "catalogue", "testing")}
+CONFIG_MODULES = {
+    f"fedsim/{name}.py" for name in ("cli", "config", "build", "simulation", "catalogue", "testing", "sweep/grammar")
+}
 PUBLIC_FLWR = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
 FLWR_INTERNALS = "fedsim/flower/runtime.py"
 

@@ -121,9 +121,11 @@ def _draw_shares(figure: Figure, axes: Axes, columns: _Columns, *, named: bool) 
     bar.outline.set_visible(False)
     if not named:
         return
+    dark = norm(shares) > 0.55  # (J, C)
     for j, c in np.argwhere(columns.counts):
-        colour = "white" if norm(shares[j, c]) > 0.55 else "black"
-        axes.text(j, c, f"{columns.counts[j, c]}", ha="center", va="center", color=colour, fontsize=6.5)
+        colour = "white" if dark[j, c] else "black"
+        cell = axes.text(j, c, f"{columns.counts[j, c]}", ha="center", va="center", color=colour, fontsize=6.5)
+        cell.set_in_layout(False)  # it lies inside the axes; measuring hundreds of them costs more than drawing them
 
 
 def _name_classes(axes: Axes, num_classes: int, names: Sequence[str] | None) -> None:
