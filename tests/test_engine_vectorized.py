@@ -180,7 +180,8 @@ class Controlled:
     def direction(self, grads, params, context):
         control = context.layout.split(context.client_state["control"])
         seen = context.step_state["seen"] if context.step_state else torch.zeros_like(context.key, dtype=torch.float64)
-        return {n: g - control[n] for n, g in grads.items()}, {"seen": seen + 1}
+        turned = {n: g - control[n] for n, g in grads.items()}
+        return turned, {"seen": seen + 1, "lr_scale": 1 / (1 + 0.1 * seen)}
 
     def finish(self, params, context):
         moved = context.layout.join({n: params[n] - context.received[n] for n in context.layout.names})
@@ -216,6 +217,18 @@ def test_rows_may_start_from_their_own_versions():
             job = make_job(task, weights, received=received, models=models, key=np.arange(6) + 40)
             results.append(train(kind(task), job, task.shared.size)[0])
         torch.testing.assert_close(*results, rtol=0, atol=1e-9)
+
+
+def test_rows_may_do_a_share_of_their_steps():
+    work = np.array([0.5, 1.0, 0.2, 0.7, 1.0, 0.4])
+    results = []
+    for kind in (Sequential, Vectorized):
+        task, weights = make_task()
+        out, block = train(kind(task), make_job(task, weights, work=work), task.shared.size)
+        results.append((out, block.num_steps))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-12)
+    assert torch.equal(results[0][1], results[1][1])
+    assert results[0][1].tolist() == [2, 2, 2, 6, 2, 1]  # shares of 4, 2, 10, 8, 2, 2 steps, rounded up
 
 
 def test_bits_depend_neither_on_threads_nor_on_who_else_trains_in_other_chunks():

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fedsim.engine.chunk import Chunk, Plan
 from fedsim.engine.gradients import lanes
-from fedsim.engine.task import Block, Job, Task
-from fedsim.local import Int64, moving, schedule
+from fedsim.engine.task import Block, Job, Task, local_round
+from fedsim.local import Int64, moving
 
 CHUNK_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 28}  # of a chunk's weights: on a CPU they should stay in cache
 CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
@@ -66,11 +66,10 @@ class Vectorized:
         """Train the rows of a job and write their updates w_k − w_received into out (K, D)."""
         task = self.task
         names = (*task.shared.names, *task.local.names)
-        plans = []
-        for number, phase in enumerate(task.phases):
-            samples, part = task.samples_of(phase), (number, phase)
-            passes = schedule(task.training, samples, job.clients, seed=task.seed, round=job.key, phase=part)
-            plans.append(Plan(number, moving(names, phase), passes))
+        plans = [
+            Plan(number, moving(names, phase), local_round(task, job, number, phase))
+            for number, phase in enumerate(task.phases)
+        ]
         num_steps = np.sum([plan.schedule.num_steps for plan in plans], axis=0)  # (K,)
         # Longest rows first, so that the rows with a step left are always a chunk's first ones.
         order = np.argsort(-num_steps, kind="stable")  # (K,)
