@@ -21,6 +21,11 @@ class Group:
     setting: str
     runs: tuple[Run, ...]  # by seeds
 
+    @property
+    def name(self) -> str:
+        """Method and setting."""
+        return self.method + (f" · {self.setting}" if self.setting else "")
+
     def by_seeds(self, metric: str) -> dict[tuple[Any, ...], float]:
         """Return seeds → result of the runs that have it; a repeated seed gets a number."""
         found: dict[tuple[Any, ...], float] = {}
@@ -54,14 +59,14 @@ def differing(runs: Sequence[Run]) -> list[str]:
     keys = dict.fromkeys(key for run in runs for key in run.config if not _ignored(key) and not is_seed(key))
     choices = dict.fromkeys(name for run in runs for name in run.choices if not _ignored(name))
     names = [*choices, *keys]
-    return [name for name in names if len({_rank(_value(run, name)) for run in runs}) > 1]
+    return [name for name in names if len({_rank(value_of(run, name)) for run in runs}) > 1]
 
 
 def _ignored(key: str) -> bool:
     return key.endswith("._target_") or any(key == name or key.startswith(f"{name}.") for name in IGNORED)
 
 
-def _value(run: Run, name: str) -> Any:
+def value_of(run: Run, name: str) -> Any:
     """Return what a run has under a key, or the choice of a group; None where it has neither."""
     return run.choices.get(name, run.config.get(name))
 
@@ -82,12 +87,12 @@ def group(runs: Sequence[Run]) -> Table:
     for run in runs:
         found.setdefault((names[0](run) or run.choices.get("strategy", "run"), names[1](run)), []).append(run)
     # Sorted by the values themselves, so that alpha=1 stands after 0.1 and before 10.
-    order = sorted(found, key=lambda pair: [_rank(_value(found[pair][0], name)) for part in chosen for name in part])
+    order = sorted(found, key=lambda pair: [_rank(value_of(found[pair][0], name)) for part in chosen for name in part])
     groups = {
         pair: Group(*pair, tuple(sorted(found[pair], key=lambda run: [_rank(seed) for seed in run.seeds])))
         for pair in order
     }
-    columns = sorted(groups, key=lambda pair: [_rank(_value(groups[pair].runs[0], name)) for name in chosen[1]])
+    columns = sorted(groups, key=lambda pair: [_rank(value_of(groups[pair].runs[0], name)) for name in chosen[1]])
     return Table(tuple(dict.fromkeys(m for m, _ in order)), tuple(dict.fromkeys(s for _, s in columns)), groups)
 
 
@@ -108,7 +113,7 @@ def _telling(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
     chosen: list[str] = []
     classes = 1
     for key in keys:
-        split = len({tuple(_rank(_value(run, name)) for name in (*chosen, key)) for run in runs})
+        split = len({tuple(_rank(value_of(run, name)) for name in (*chosen, key)) for run in runs})
         if split > classes:
             chosen, classes = [*chosen, key], split
     return chosen
@@ -123,7 +128,7 @@ def _namer(runs: Sequence[Run], keys: Sequence[str]) -> Callable[[Run], str]:
     def name(run: Run) -> str:
         parts = []
         for key in keys:
-            value = _value(run, key)
+            value = value_of(run, key)
             if key in groups:
                 parts.append(str(value) if key in METHOD else f"{key}={value}")
             elif key in run.config:

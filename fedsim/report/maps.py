@@ -1,0 +1,193 @@
+"""Heat-maps: clients and classes over rounds, what strategies record of each client, and the partitions' pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+import numpy.typing as npt
+
+from fedsim.report.charts import colour_bar, data_uri, heat_map
+from fedsim.report.groups import Group, Table
+from fedsim.report.page import figures, paragraph, section
+from fedsim.report.runs import Run, is_seed
+from fedsim.report.sections import against_rounds
+
+Float = npt.NDArray[np.float64]
+
+CLIENTS = ("client_accuracy_mean", "client_accuracy_worst", "client_accuracy_std", "held_out_accuracy_mean")
+_STANDARD = ("round", "client", "num_samples", "num_steps", "train_loss", "update_norm", "cosine", "test_accuracy",
+             "test_loss", "num_test_samples")  # fmt: skip
+_MOST_MAPS = 24  # of one kind; a report stays small
+_MOST_PICTURES = 12
+_MOST_CELLS = 200  # of a heat-map, each way: more than it has pixels
+
+
+def clients(table: Table) -> str:
+    """Return what the clients get: curves of mean and tails, and each client's accuracy over rounds."""
+    text = "On each client's own test samples: mean, worst tenth, spread, and clients that never train."
+    curves = against_rounds(table, "clients", "Clients", text, CLIENTS)
+    maps = [
+        heat_map(
+            group.name,
+            matrix,
+            axes=("client, worst to best", "round"),
+            span=(0.0, 1.0),
+            names=([], names),
+            show=_percent,
+        )
+        for group in table.all[:_MOST_MAPS]
+        if (found := _by_client(group.runs[0], "test_accuracy")) is not None
+        for matrix, names in [found]
+    ]
+    if not maps:
+        return curves
+    note = paragraph(f"Each client's accuracy (%), {_whose(table)}.")
+    return curves + "\n" + note + colour_bar((0.0, 1.0), _percent) + figures(maps)
+
+
+def _whose(table: Table) -> str:
+    seeds = "the first seed of each" if any(len(group.runs) > 1 for group in table.all) else "one run each"
+    return seeds + (f"; the first {_MOST_MAPS} of {len(table.all)}" if len(table.all) > _MOST_MAPS else "")
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f}"
+
+
+def _by_client(run: Run, column: str) -> tuple[Float, list[str]] | None:
+    """Return a column of clients.parquet as (clients sorted by their last value, rounds), and the rounds' names."""
+    path = run.folder / "clients.parquet"
+    if not path.is_file():
+        return None
+    import pyarrow.parquet as pq
+
+    if column not in pq.read_schema(path).names:
+        return None
+    stored = pq.read_table(path, columns=["round", "client", column])
+    values = stored[column].to_numpy().astype(np.float64)  # (rows,) NaN where null
+    known = np.isfinite(values)
+    if not known.any():
+        return None
+    rounds, at = np.unique(stored["round"].to_numpy()[known], return_inverse=True)
+    ids, row = np.unique(stored["client"].to_numpy()[known], return_inverse=True)
+    matrix = np.full((len(ids), len(rounds)), np.nan)  # (K, T)
+    matrix[row, at] = values[known]
+    last = np.array([line[np.isfinite(line)][-1] for line in matrix])  # (K,)
+    order = np.argsort(last, kind="stable")
+    matrix, kept = _coarse(matrix[order]), np.linspace(0, len(rounds) - 1, min(len(rounds), _MOST_CELLS)).astype(int)
+    return matrix, [str(number) for number in rounds[kept]]
+
+
+def _coarse(matrix: Float) -> Float:
+    """Average neighbours of a matrix (R, C) until it has at most 200 rows, and keep every n-th column."""
+    rows = min(len(matrix), _MOST_CELLS)
+    starts = np.arange(rows) * len(matrix) // rows
+    known = np.isfinite(matrix)
+    total = np.add.reduceat(np.where(known, matrix, 0.0), starts)  # (rows, C)
+    count = np.add.reduceat(known.astype(np.int64), starts)  # (rows, C)
+    mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    columns = np.linspace(0, matrix.shape[1] - 1, min(matrix.shape[1], _MOST_CELLS)).astype(int)
+    return mean[:, columns]
+
+
+def classes(table: Table) -> str:
+    """Return the recall of each class: at the end by method, and over rounds."""
+    names = _recalls(table)
+    if not names:
+        return ""
+    labels = [name.removeprefix("recall_") for name in names]
+    final, courses = [], []
+    for setting in table.settings:
+        rows = [(g.method, last) for g in table.in_setting(setting) if (last := _last_recalls(g, names)) is not None]
+        if rows:
+            final.append(
+                heat_map(
+                    "after the last round" + (f" · {setting}" if setting else ""),
+                    np.stack([row for _, row in rows]),
+                    axes=("method", "class"),
+                    span=(0.0, 1.0),
+                    names=([name for name, _ in rows], labels),
+                    show=_percent,
+                )
+            )
+    for group in table.all[:_MOST_MAPS]:
+        course = [group.runs[0].series(name) for name in names]
+        rounds = course[0][0]
+        if all(len(own) == len(rounds) for own, _ in course) and len(rounds) > 1:
+            matrix = _coarse(np.stack([values for _, values in course]))  # (C, T)
+            ends = [f"{rounds[0]:.0f}", f"{rounds[-1]:.0f}"]
+            courses.append(
+                heat_map(group.name, matrix, axes=("class", "round"), span=(0.0, 1.0), names=([], ends), show=_percent)
+            )
+    text = paragraph("Recall of each class on the test split (%), mean over seeds at the end.")
+    more = [f"<details><summary>Over rounds, {_whose(table)}</summary>{figures(courses)}</details>"] if courses else []
+    return section("classes", "Classes", text, colour_bar((0.0, 1.0), _percent), figures(final, "wide"), *more)
+
+
+def _recalls(table: Table) -> list[str]:
+    found = {name for group in table.all for run in group.runs for name in run.columns if name.startswith("recall_")}
+    return sorted(found, key=lambda name: int(name.removeprefix("recall_")))
+
+
+def _last_recalls(group: Group, names: Sequence[str]) -> Float | None:
+    """Return the mean over seeds of the last recall of each class (C,), NaN where a class has no test samples."""
+    rows = [[series[-1] if len(series := run.series(name)[1]) else np.nan for name in names] for run in group.runs]
+    last = np.array(rows, dtype=np.float64)  # (runs, C)
+    known = np.isfinite(last)
+    if not known.any():
+        return None
+    return np.where(known.any(0), np.where(known, last, 0.0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
+
+
+def partitions(table: Table) -> str:
+    """Return the picture of each setting's partition."""
+    drawn: dict[bytes, str] = {}
+    for setting in table.settings:
+        run = table.in_setting(setting)[0].runs[0]
+        path = run.folder / "partition.png"
+        if path.is_file():
+            drawn.setdefault(path.read_bytes(), f"{setting or 'all runs'}, {_seed_text(run)}")
+    if not drawn:
+        return ""
+    text = "Who has how much of which class. One seed of each setting; the others are drawn anew from their seeds."
+    inside = "".join(
+        f'<figure class="picture"><img alt="partition, {escape(name, quote=True)}" src="{data_uri(png)}">'
+        f"<figcaption>{escape(name)}</figcaption></figure>"
+        for png, name in list(drawn.items())[:_MOST_PICTURES]
+    )
+    return section("partition", "Partition", paragraph(text), f'<div class="grid-of wide">{inside}</div>')
+
+
+def _seed_text(run: Run) -> str:
+    return ", ".join(f"{key}={value}" for key, value in run.config.items() if is_seed(key) and value is not None)
+
+
+def recorded_of_clients(table: Table) -> str:
+    """Return what strategies record of each client beside fedsim's own columns: quality scores, local rates."""
+    drawn = []
+    for group in table.all:
+        for column in _own_columns(group.runs[0]):
+            found = _by_client(group.runs[0], column)
+            if found is not None and len(drawn) < _MOST_MAPS:
+                matrix, names = found
+                span = float(np.nanmin(matrix)), float(np.nanmax(matrix))
+                title = f"{column.replace('_', ' ')} · {group.name}"
+                drawing = heat_map(
+                    title, matrix, axes=("client, low to high at the end", "round"), span=span, names=([], names)
+                )
+                drawn.append(drawing + colour_bar(span))
+    if not drawn:
+        return ""
+    text = paragraph(f"What strategies and clients record of each client, {_whose(table)}.")
+    return section("recorded-clients", "Recorded of each client", text, figures(drawn))
+
+
+def _own_columns(run: Run) -> list[str]:
+    path = run.folder / "clients.parquet"
+    if not path.is_file():
+        return []
+    import pyarrow.parquet as pq
+
+    return [name for name in pq.read_schema(path).names if name not in _STANDARD]
