@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim import __version__
+from fedsim.build_uplink import build_adversary, build_uplink, check_uplink
 from fedsim.config import Config, instantiate, plain, settings
 from fedsim.construct import locate
 from fedsim.contracts import Dataset, LinearRule, Partition
@@ -48,7 +49,7 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     Args:
         config: as `fedsim.config.compose` returns it.
         parts: objects that stand in for groups: data (a Dataset), partition, model (an nn.Module or a function that
-            returns one), client (an objective), training (a LocalTraining), strategy, sampler.
+            returns one), client (an objective), training (a LocalTraining), strategy, sampler, attack, compressor.
 
     Raises:
         UserError: anything that cannot be run, in one line.
@@ -59,6 +60,9 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     device, dtype = _machine(run)
     dataset, partition, local = data(config, parts)
     splits = local.at(dataset.splits["train"])
+    adversary = build_adversary(config, parts, splits, run.seed)
+    if adversary is not None:
+        dataset = adversary.poison(dataset, splits.train)
     client, training = _client(config, parts)
     strategy = _bound(parts.get("strategy") or _strategy(config, splits, run), local_training=training)
     if getattr(strategy, "local_buffers", False):
@@ -68,6 +72,7 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     if getattr(strategy, "pooled", False):
         train = Partition(train.indices, np.array([0, len(train.indices)]))
     task = _task(dataset, train, model.to(device, dtype), names, (client, training), run)
+    uplink = build_uplink(config, parts, task, adversary)
     initial, buffers = _initial(model, names.shared), _initial_buffers(model, names.buffers)
     engine = _engine(config, task)  # from here on the module's tensors are the engine's
     sampler = parts.get("sampler") or instantiate(_without(config.sampler, "seed"), "sampler")
@@ -75,13 +80,15 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     experiment = Experiment(
         settings=run, dataset=dataset, partition=partition, local=local, splits=splits, task=task, engine=engine,
         strategy=strategy, sampler=sampler, evaluation=evaluation, initial=initial, initial_buffers=buffers,
-        sampler_seed=_seed(config.sampler.seed, run), plan={}, config={},
+        sampler_seed=_seed(config.sampler.seed, run), plan={}, config={}, uplink=uplink,
     )  # fmt: skip
     if isinstance(client, FlowerApp):
         clients = client.clients(
             task.shared, splits.train.num_clients, seed=run.seed, on_client_error=run.on_client_error
         )
         experiment = replace(experiment, foreign=clients)
+    if uplink is not None:
+        check_uplink(uplink, strategy, foreign=experiment.foreign is not None)
     experiment = _plan(experiment, config)
     _check_cohort(experiment)
     _check_stops(experiment)
@@ -264,7 +271,7 @@ def _plan(experiment: Experiment, config: Config) -> Experiment:
     samples = max(1, round(float(passed.mean()) * cohort))
     evaluation: Evaluation = experiment.evaluation.resolve(
         samples,
-        sum(len(p) for name, p in experiment.dataset.splits.items() if name != "train"),
+        sum(len(p) for name, p in experiment.dataset.splits.items() if name not in ("train", "backdoor")),
         int(experiment.splits.test.sizes.sum()),
     )
     why = _needs_rows(experiment, evaluation)
@@ -297,6 +304,8 @@ def _needs_rows(experiment: Experiment, evaluation: Evaluation) -> str | None:
         return type(rule).__name__
     if getattr(rule, "needs_rows", False):
         return type(rule).__name__
+    if experiment.uplink is not None and experiment.uplink.needs_rows:
+        return experiment.uplink.needs_rows
     if evaluation.cosines:
         return "metrics.cosines"
     if evaluation.decomposition_every:

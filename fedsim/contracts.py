@@ -230,17 +230,6 @@ class Objective(Protocol):
     """
 
 
-class Attack(Protocol):
-    """What Byzantine clients send; sits between engine and rule.
-
-    Optional `batch(batch, byzantine, context)` poisons data; `rows` replaces updates.
-    """
-
-    def rows(self, updates: Tensor, byzantine: Tensor, state: State, rng: np.random.Generator) -> Tensor:
-        """Return updates (K, D) in which rows with byzantine (K,) bool are the attackers'."""
-        ...
-
-
 class Dataset(NamedTuple):
     """A data set in memory. Splits are positions, so that every sample is stored once."""
 

@@ -49,10 +49,14 @@ class Evaluator:
         dataset: for its splits and classes.
         splits: whose samples are whose.
         settings: what is measured.
+        byzantine: (num_clients,) bool, who attacks; None: nobody.
 
     """
 
-    def __init__(self, task: Task, dataset: Dataset, splits: ClientSplits, settings: Evaluation) -> None:
+    def __init__(
+        self, task: Task, dataset: Dataset, splits: ClientSplits, settings: Evaluation, *,
+        byzantine: np.ndarray[Any, np.dtype[np.bool_]] | None = None,
+    ) -> None:  # fmt: skip
         self.task, self.splits, self.settings = task, splits, settings
         self.num_classes = dataset.num_classes
         self.server = {
@@ -68,6 +72,7 @@ class Evaluator:
         own = counts + label_counts(labels, splits.test, dataset.num_classes) * (counts.sum(1, keepdims=True) == 0)
         self.client_skew = torch.from_numpy(skew(own).client_tv)  # (K,)
         self.held_out = torch.from_numpy(splits.held_out)
+        self.honest = None if byzantine is None else torch.from_numpy(~byzantine)  # (K,)
         self.pool = self._put(
             subsample(splits.train.indices, settings.decomposition_samples, task.seed)
             if settings.decomposition_every
@@ -135,7 +140,10 @@ class Evaluator:
         accuracy, counts = mine["accuracy"].cpu(), mine["num_samples"].cpu()
         out = self.held_out[clients]
         figures: Figures = {}
-        for prefix, chosen in (("client", ~out), ("held_out", out)):
+        groups = [("client", ~out), ("held_out", out)]
+        if self.honest is not None:
+            groups.append(("honest", ~out & self.honest[clients]))
+        for prefix, chosen in groups:
             if bool(chosen.any()):
                 summary = fairness(accuracy[chosen], counts[chosen])
                 if prefix == "client":

@@ -32,7 +32,7 @@ from fedsim.metrics.skew import label_counts, skew
 from fedsim.partition.picture import draw
 from fedsim.saved import amend, claim_run_dir, load
 
-GROUPS = ("data", "partition", "model", "client", "training", "strategy", "sampler", "metrics")
+GROUPS = ("data", "partition", "model", "client", "training", "strategy", "sampler", "metrics", "attack", "compressor")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,24 +12,27 @@ from fedsim.attacks.contract import View
 from fedsim.contracts import State
 
 
+VALUES = {"infinity": float("inf"), "not_a_number": float("nan")}
+
+
 @dataclass(frozen=True, kw_only=True)
 class NonFinite:
     """One value in every coordinate.
 
     Args:
-        value: "inf", "-inf" or "nan".
+        kind: "infinity" or "not_a_number".
 
     Raises:
-        ValueError: another value.
+        ValueError: another kind.
 
     """
 
-    value: Literal["inf", "-inf", "nan"] = "nan"
+    kind: Literal["infinity", "not_a_number"] = "infinity"
 
     def __post_init__(self) -> None:
-        if self.value not in ("inf", "-inf", "nan"):
-            raise ValueError(f"value must be inf, -inf or nan, got {self.value!r}")
+        if self.kind not in VALUES:
+            raise ValueError(f"kind must be one of {', '.join(VALUES)}, got {self.kind!r}")
 
     def rows(self, view: View, state: State) -> tuple[Tensor, State]:
         """Return the value, (F, D)."""
-        return torch.full_like(view.own, float(self.value)), state
+        return torch.full_like(view.own, VALUES[self.kind]), state

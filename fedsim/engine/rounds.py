@@ -14,6 +14,7 @@ from torch import Tensor
 from fedsim.contracts import Cohort, Streamed, Sums
 from fedsim.engine.task import Block, Engine, Job
 from fedsim.errors import ClientError
+from fedsim.linalg import finite_rows
 from fedsim.local import Int64
 
 STREAM_BLOCK = 1 << 22  # entries of a block of streamed rows: what one costs beside its rows should not count
@@ -73,6 +74,24 @@ class Trainer:
         if trained is None or not len(cohort):
             raise self._none_left(job)
         return cohort, self._buffers(job, kept)
+
+    def screen(self, cohort: Cohort) -> Cohort:
+        """Drop held rows that are no longer finite: what attackers sent, or a code that overflowed.
+
+        Raises:
+            AllUpdatesBad: no good row is left.
+
+        """
+        good = finite_rows(cohort.rows)  # (K,)
+        if bool(good.all()):
+            return cohort
+        bad = cohort.clients[~good].tolist()
+        if self.on_bad_update == "raise":
+            raise BadUpdate(f"round {cohort.round}: the update of client {bad} is not finite")
+        self.bad = sorted([*self.bad, *bad])
+        if not bool(good.any()):
+            raise AllUpdatesBad(f"round {cohort.round}: none of {len(cohort)} updates is finite")
+        return cohort.take(good)
 
     def stream(
         self, job: Job, coefficients: Callable[[Cohort], Tensor], reduced: tuple[str, ...] = ()
