@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from fedsim.contracts import Cohort, Partition
+from fedsim.dispatch import Dispatcher
 from fedsim.engine.evaluate import predict
 from fedsim.engine.rounds import Trainer
 from fedsim.engine.task import Job
+from fedsim.errors import UserError
 from fedsim.layout import Layout
 from fedsim.local import Int64
 from fedsim.metrics.classification import segment_means
-from fedsim.uplink import Uplink
 
 
 class EngineBackend:
@@ -41,8 +42,8 @@ class EngineBackend:
         self.buffers, self.average_buffers = buffers, average_buffers
         self.test = test
         self.coefficients, self.reduced_extras = coefficients, reduced_extras
-        self.uplink: Uplink | None = None  # compression and attacks on rows that are held; the run loop sets it
         self.cohort: Cohort | None = None  # of the last round, good rows only
+        self.dispatcher: Dispatcher | None = None  # who arrives, and from which version
 
     @property
     def layout(self) -> Layout:
@@ -73,20 +74,53 @@ class EngineBackend:
             state=self.task.store.get(clients, self.task.device),
             round=round,
             key=round,
-            lr=self.task.training.rate(round) * float(sent.get("lr_scale", 1.0)),
+            lr=self._rate(round, sent),
         )
+        if same and self.dispatcher is not None:
+            job = self._dispatched(job, self.dispatcher)
         if self.coefficients is not None:
             cohort, buffers = self.trainer.stream(job, self.coefficients, self.reduced_extras)
         else:
             cohort, buffers = self.trainer.collect(job)
-            if self.uplink is not None:
-                cohort = self.trainer.screen(self.uplink(cohort))
         if not same:
             cohort = replace(cohort, staleness=torch.zeros_like(cohort.staleness))
         if self.average_buffers:
             self.buffers = buffers
         self.cohort = cohort
         return cohort
+
+    def _rate(self, round: int, sent: Mapping[str, Any]) -> float:
+        return self.task.training.rate(round) * float(sent.get("lr_scale", 1.0))
+
+    def _dispatched(self, job: Job, dispatcher: Dispatcher) -> Job:
+        """Return the job with each row from the version that its client was sent, keyed by that version.
+
+        Buffers are the newest: versions of running statistics are not kept.
+        """
+        arrivals, newest = dispatcher.arrivals, job.round - 1
+        if arrivals is None or not np.array_equal(arrivals.clients, job.clients):
+            return job
+        if not arrivals.whole:
+            job = replace(job, work=arrivals.work)
+        old = sorted(set(arrivals.received.tolist()) - {newest})
+        if not old:
+            return job
+        held = dispatcher.versions
+        sent = {v: {n: self._placed(x) for n, x in held.broadcasts[v].items()} for v in old}
+        for version in old:
+            rate = self._rate(version + 1, sent[version])
+            if rate != job.lr:
+                raise UserError(
+                    f"round {job.round}: replies of versions {version} and {newest} were trained at the rates {rate} "
+                    f"and {job.lr}; with replies of several versions the local rate must stay as it is"
+                )
+        return replace(
+            job,
+            received=arrivals.received,
+            models={**job.models, **{v: held.models[v] for v in old}},
+            broadcasts={**job.broadcasts, **sent},
+            key=arrivals.received + 1,
+        )
 
     def _placed(self, value: Any) -> Any:
         """Bring a tensor to the run's device and dtype: a rule's first state knows neither."""

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim import __version__
-from fedsim.build_uplink import build_adversary, build_uplink, check_uplink
 from fedsim.config import Config, instantiate, plain, settings
 from fedsim.construct import locate
 from fedsim.contracts import Dataset, LinearRule, Partition
@@ -36,6 +35,7 @@ from fedsim.models.dropout import replace_dropout
 from fedsim.models.parameters import Parameters, initialise, load_init, split_parameters
 from fedsim.rng import generator
 from fedsim.settings import Run
+from fedsim.timing import timed
 
 Parts = Mapping[str, Any]
 # Forward operations of a batch from which a second thread gains more than it costs to wake and wait for.
@@ -49,7 +49,7 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     Args:
         config: as `fedsim.config.compose` returns it.
         parts: objects that stand in for groups: data (a Dataset), partition, model (an nn.Module or a function that
-            returns one), client (an objective), training (a LocalTraining), strategy, sampler, attack, compressor.
+            returns one), client (an objective), training (a LocalTraining), strategy, sampler.
 
     Raises:
         UserError: anything that cannot be run, in one line.
@@ -60,9 +60,6 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     device, dtype = _machine(run)
     dataset, partition, local = data(config, parts)
     splits = local.at(dataset.splits["train"])
-    adversary = build_adversary(config, parts, splits, run.seed)
-    if adversary is not None:
-        dataset = adversary.poison(dataset, splits.train)
     client, training = _client(config, parts)
     strategy = _bound(parts.get("strategy") or _strategy(config, splits, run), local_training=training)
     if getattr(strategy, "local_buffers", False):
@@ -72,23 +69,22 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     if getattr(strategy, "pooled", False):
         train = Partition(train.indices, np.array([0, len(train.indices)]))
     task = _task(dataset, train, model.to(device, dtype), names, (client, training), run)
-    uplink = build_uplink(config, parts, task, adversary)
     initial, buffers = _initial(model, names.shared), _initial_buffers(model, names.buffers)
     engine = _engine(config, task)  # from here on the module's tensors are the engine's
     sampler = parts.get("sampler") or instantiate(_without(config.sampler, "seed"), "sampler")
     evaluation = parts.get("metrics") or instantiate(config.metrics)
+    mode = parts.get("mode") or instantiate(config.mode)
     experiment = Experiment(
         settings=run, dataset=dataset, partition=partition, local=local, splits=splits, task=task, engine=engine,
-        strategy=strategy, sampler=sampler, evaluation=evaluation, initial=initial, initial_buffers=buffers,
-        sampler_seed=_seed(config.sampler.seed, run), plan={}, config={}, uplink=uplink,
+        strategy=strategy, sampler=sampler, mode=mode, evaluation=evaluation, initial=initial, initial_buffers=buffers,
+        sampler_seed=_seed(config.sampler.seed, run), plan={}, config={},
     )  # fmt: skip
     if isinstance(client, FlowerApp):
         clients = client.clients(
             task.shared, splits.train.num_clients, seed=run.seed, on_client_error=run.on_client_error
         )
         experiment = replace(experiment, foreign=clients)
-    if uplink is not None:
-        check_uplink(uplink, strategy, foreign=experiment.foreign is not None)
+    experiment = timed(experiment, config, parts)
     experiment = _plan(experiment, config)
     _check_cohort(experiment)
     _check_stops(experiment)
@@ -263,7 +259,7 @@ def _initial_buffers(model: nn.Module, layout: Layout) -> Tensor:
 def _plan(experiment: Experiment, config: Config) -> Experiment:
     """Resolve what decides the bits: written to plan.json and taken from there on resume."""
     task, run = experiment.task, experiment.settings
-    cohort = experiment.cohort_size
+    cohort = experiment.num_participants
     sizes = task.partition.sizes[experiment.participants]
     steps = task.training.num_steps(sizes)
     batch = np.minimum(sizes, task.training.batch_size or sizes.max())
@@ -271,7 +267,7 @@ def _plan(experiment: Experiment, config: Config) -> Experiment:
     samples = max(1, round(float(passed.mean()) * cohort))
     evaluation: Evaluation = experiment.evaluation.resolve(
         samples,
-        sum(len(p) for name, p in experiment.dataset.splits.items() if name not in ("train", "backdoor")),
+        sum(len(p) for name, p in experiment.dataset.splits.items() if name != "train"),
         int(experiment.splits.test.sizes.sum()),
     )
     why = _needs_rows(experiment, evaluation)
@@ -304,8 +300,6 @@ def _needs_rows(experiment: Experiment, evaluation: Evaluation) -> str | None:
         return type(rule).__name__
     if getattr(rule, "needs_rows", False):
         return type(rule).__name__
-    if experiment.uplink is not None and experiment.uplink.needs_rows:
-        return experiment.uplink.needs_rows
     if evaluation.cosines:
         return "metrics.cosines"
     if evaluation.decomposition_every:
@@ -332,7 +326,7 @@ def _check_cohort(experiment: Experiment) -> None:
     rule = experiment.strategy
     if hasattr(rule, "check"):
         try:
-            rule.check(experiment.cohort_size)
+            rule.check(experiment.num_participants)
         except ValueError as error:
             raise UserError(f"strategy: {error}") from error
 

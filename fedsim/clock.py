@@ -123,6 +123,10 @@ class Clock:
         return self.fleet is None and not self.dropout and self.partial_work == 1 and self.availability is None
 
 
+UNIT = Clock(fleet=None, flops=1.0, samples=np.zeros(0), down_bytes=0.0, up_bytes=0.0)
+"""Every job takes one second."""
+
+
 def samples_passed(training: LocalTraining, partition: Partition, phase: Phase | None = None) -> Floats:
     """Return the samples (P,) that a whole local round of each client passes forward and backward."""
     sizes = partition.sizes  # (P,)

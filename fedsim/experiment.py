@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fedsim.clock import UNIT, Clock
 from fedsim.contracts import Dataset, Partition
 from fedsim.data.splits import ClientSplits
 from fedsim.engine.task import Engine, Task
 from fedsim.local import Int64
 from fedsim.metrics.budget import Evaluation
 from fedsim.settings import Run
-from fedsim.uplink import Uplink
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,13 +32,14 @@ class Experiment:
     engine: Engine
     strategy: Any  # a fedsim rule, or a Flower strategy
     sampler: Any
+    mode: Any  # when the server waits for whom
     evaluation: Evaluation
     initial: Tensor  # (D,) weights before round 1
     initial_buffers: Tensor
     sampler_seed: int
     plan: Mapping[str, Any]
     config: Mapping[str, Any]  # plain, as written to config.yaml
-    uplink: Uplink | None = None  # compression and attacks, between clients and rule
+    clock: Clock = UNIT  # how long jobs take
     foreign: Any = None  # a Flower ClientApp's backend, where clients are not fedsim's
     notes: list[str] = field(default_factory=list)
 
@@ -51,6 +52,11 @@ class Experiment:
     def cohort_size(self) -> int:
         """Clients drawn a round."""
         return cohort_size(self.settings.fraction, len(self.participants))
+
+    @property
+    def num_participants(self) -> int:
+        """Replies that a round aggregates when none is lost."""
+        return int(self.mode.num_participants(self.cohort_size))
 
 
 def cohort_size(fraction: float, num_clients: int) -> int:

@@ -19,6 +19,7 @@ from fedsim import checkpoint
 from fedsim.backend import EngineBackend
 from fedsim.console import Observer
 from fedsim.contracts import Cohort, LinearRule, State
+from fedsim.dispatch import Dispatcher
 from fedsim.engine.rounds import AllUpdatesBad, Trainer
 from fedsim.errors import UserError
 from fedsim.evaluation import ClientFigures, Evaluator
@@ -31,8 +32,6 @@ from fedsim.metrics.budget import Due
 from fedsim.metrics.communication import traffic
 from fedsim.metrics.drift import drift_of_rows, drift_of_sums
 from fedsim.metrics.records import ClientLog, RoundLog
-from fedsim.rng import generator
-from fedsim.samplers import Pool
 
 
 class Loop:
@@ -55,20 +54,17 @@ class Loop:
         self.last_known: dict[str, Any] = {}
         self.previous: Tensor | None = None  # the last aggregate (D,)
         self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0, "record": 0.0}
-        self.uplink = experiment.uplink
-        adversary = self.adversary = None if self.uplink is None else self.uplink.adversary
-        self.evaluator = Evaluator(
-            self.task, experiment.dataset, experiment.splits, experiment.evaluation,
-            byzantine=None if adversary is None else adversary.byzantine,
-        )  # fmt: skip
+        self.evaluator = Evaluator(self.task, experiment.dataset, experiment.splits, experiment.evaluation)
         self.strategy = self._strategy()
         self.backend = self._backend()
-        self.backend.uplink = self.uplink
         served: Any = experiment.foreign or self.backend
         self.grid = SimulationGrid(
             served,
             seed=self.settings.seed,
             on_client_error=self.settings.on_client_error,
+        )
+        self.dispatcher = self.backend.dispatcher = Dispatcher(
+            experiment, lambda ids: self.evaluator.train_losses(self.weights, self.backend.buffers, ids)
         )
         self.rounds = RoundLog(folder / "rounds.jsonl")
         self.times = RoundLog(folder / "timings.jsonl")
@@ -84,8 +80,6 @@ class Loop:
     def _backend(self) -> EngineBackend:
         rule = self.experiment.strategy
         streamed = self.experiment.plan["rows"] == "streamed"
-        if self.uplink is not None and callable(rule):
-            self.uplink.aggregate = lambda cohort: rule(cohort, self.strategy.state)[0]
         return EngineBackend(
             Trainer(self.experiment.engine, self.settings.on_bad_update, self.settings.on_client_error),
             buffers=self.experiment.initial_buffers,
@@ -94,20 +88,6 @@ class Loop:
             coefficients=(lambda cohort: rule.coefficients(cohort, self.strategy.state)) if streamed else None,
             reduced_extras=rule.reduced_extras if isinstance(rule, LinearRule) else (),
         )
-
-    def cohort_of(self, round: int) -> Int64:
-        """Draw the clients of a round: a function of (sampler seed, round) and what the sampler reads."""
-        experiment = self.experiment
-        clients = experiment.participants
-        pool = Pool(
-            clients,
-            self.task.partition.sizes[clients],
-            np.ones(len(clients)),
-            lambda ids: self.evaluator.train_losses(self.weights, self.backend.buffers, ids),
-        )
-        rng = generator(experiment.sampler_seed, "cohort", round)
-        chosen: Int64 = np.asarray(experiment.sampler(pool, experiment.cohort_size, rng, round), dtype=np.int64)
-        return chosen
 
     def run(self) -> None:
         """Go on until the last round or a stop; then the logs are whole."""
@@ -128,10 +108,13 @@ class Loop:
         """Do one round."""
         started = time.perf_counter()
         self.backend.cohort = None
-        self.grid.cohort = self.cohort_of(round)
+        arrivals = self.dispatcher.next(round, self.weights, self._broadcast)
+        self.grid.cohort = arrivals.clients
         train = self._train_seconds()
-        weights, metrics = aggregate(self.strategy, round, self.weights, self.grid)
-        self._warn(round)
+        weights, metrics = self.weights, {}
+        if len(arrivals.clients):
+            weights, metrics = aggregate(self.strategy, round, self.weights, self.grid)
+            self._warn(round)
         weights = weights.to(self.task.device, self.task.dtype)
         if not bool(torch.isfinite(weights).all()):
             raise AllUpdatesBad(f"round {round}: the new model is not finite; the run keeps that of round {self.round}")
@@ -140,7 +123,7 @@ class Loop:
         self.weights, self.round = weights, round
         due = self.experiment.evaluation.due(round, self.settings.num_rounds)
         row, clients = self._measure(due, delta, metrics)
-        self.previous = delta
+        self.previous = delta if len(arrivals.clients) else self.previous
         measured = time.perf_counter()
         self._stop(row)
         self._record(row, clients)
@@ -186,12 +169,14 @@ class Loop:
             "loss": self.last_known.get("loss"),
             "evaluated": due.server,
         }
-        row |= known
+        row |= known | self.dispatcher.row()
+        if cohort is None and self.experiment.foreign is None:
+            row["num_participants"] = 0
         if cohort is not None:
-            row |= self._cohort_figures(cohort, delta)
+            row |= self._cohort_figures(cohort, delta) | self.dispatcher.columns(cohort)[0]
             if due.decomposition:
                 row |= evaluator.decomposition(self.weights, buffers, cohort)
-        row |= metrics  # a (K,) tensor becomes a column of the clients' table
+        row |= {name: value for name, value in metrics.items() if not isinstance(value, Tensor) or value.dim() == 0}
         return row, clients
 
     def _cohort(self) -> Cohort | None:
@@ -213,17 +198,16 @@ class Loop:
         row |= self._traffic(cohort)
         if self.experiment.evaluation.drift and self.task.shared.size:
             row |= self._drift(cohort)
-        if self.adversary is not None:
-            row |= self.adversary.figures(cohort, delta)
         return row
 
     def _traffic(self, cohort: Cohort) -> dict[str, int]:
-        sent = self.strategy.rule.broadcast(self.strategy.state) if self._broadcasts else {}
+        sent, num_sent = self._broadcast(), len(self.grid.cohort)
+        if self.dispatcher.arrivals is not None:
+            num_sent = self.dispatcher.arrivals.num_sent
         buffers = self.task.buffers.size if self.settings.buffers == "average" else 0
         return traffic(
-            cohort, sent, num_sent=len(self.grid.cohort), num_received=len(cohort) + self.backend.trainer.dropped,
+            cohort, sent, num_sent=num_sent, num_received=len(cohort) + self.backend.trainer.dropped,
             buffers=buffers * self.task.dtype.itemsize,
-            update=None if self.uplink is None else self.uplink.num_bytes(self.task.dtype.itemsize),
         )  # fmt: skip
 
     def _drift(self, cohort: Cohort) -> dict[str, Any]:
@@ -231,9 +215,15 @@ class Loop:
             return drift_of_sums(cohort.streamed, self.previous)
         return drift_of_rows(cohort, self.previous, cosines=self.experiment.evaluation.cosines)
 
-    @property
-    def _broadcasts(self) -> bool:
-        return isinstance(self.strategy, RuleStrategy) and hasattr(self.strategy.rule, "broadcast")
+    def _broadcast(self) -> Mapping[str, Any]:
+        """Return what the rule sends with the newest version."""
+        shell = self.strategy
+        if not isinstance(shell, RuleStrategy) or not hasattr(shell.rule, "broadcast"):
+            return {}
+        if shell.state is None:
+            shell.state = shell.rule.init(self.task.shared, len(self.experiment.participants))
+        sent: Mapping[str, Any] = shell.rule.broadcast(shell.state)
+        return sent
 
     def _record(self, row: Mapping[str, Any], evaluated: ClientFigures | None) -> None:
         columns = {name: value for name, value in row.items() if not isinstance(value, Tensor) or value.dim() == 0}
@@ -243,6 +233,7 @@ class Loop:
             return
         mine: dict[str, Any] = {"num_samples": cohort.weights, "num_steps": cohort.num_steps}
         mine |= {name: value for name, value in cohort.extras.items() if value.dim() == 1}
+        mine |= self.dispatcher.columns(cohort)[1]
         mine |= {n: v for n, v in row.items() if isinstance(v, Tensor) and v.dim() == 1 and len(v) == len(cohort)}
         ids = cohort.clients.cpu().numpy()
         if evaluated is None:
@@ -280,14 +271,14 @@ class Loop:
             "config": _identity(self.experiment.config),
             "weights": self.weights,
             "buffers": self.backend.buffers,
-            "strategy": rule if rule is not None else {},
+            "strategy": rule,
             "clients": {"touched": touched, "rows": kept},
-            "uplink": {} if self.uplink is None else self.uplink.state(),
             "foreign": self.experiment.foreign.capture() if self.experiment.foreign else {},
             "best": self.best,
             "stopped": self.stopped,
             "last_known": self.last_known,
             "previous": self.previous,
+            "time": self.dispatcher.state(),
             "seconds": self.seconds,
         }
 
@@ -315,8 +306,7 @@ class Loop:
             if state["foreign"]:
                 self.experiment.foreign.restore(state["foreign"])
             self.task.store.put(state["clients"]["touched"], state["clients"]["rows"])
-            if self.uplink is not None:
-                self.uplink.load(state["uplink"])
+            self.dispatcher.load(state["time"], lambda value: _to(value, device))
             self.best, self.last_known = state["best"], state["last_known"]
             self.stopped = state["stopped"]
             self.previous = None if state["previous"] is None else state["previous"].to(device)
