@@ -19,6 +19,7 @@ from fedsim.errors import UserError
 from fedsim.layout import Layout
 from fedsim.local import Int64
 from fedsim.metrics.classification import segment_means
+from fedsim.uplink import Uplink
 
 
 class EngineBackend:
@@ -42,6 +43,7 @@ class EngineBackend:
         self.buffers, self.average_buffers = buffers, average_buffers
         self.test = test
         self.coefficients, self.reduced_extras = coefficients, reduced_extras
+        self.uplink: Uplink | None = None  # compression and attacks on rows that are held; the run loop sets it
         self.cohort: Cohort | None = None  # of the last round, good rows only
         self.dispatcher: Dispatcher | None = None  # who arrives, and from which version
 
@@ -82,6 +84,8 @@ class EngineBackend:
             cohort, buffers = self.trainer.stream(job, self.coefficients, self.reduced_extras)
         else:
             cohort, buffers = self.trainer.collect(job)
+            if self.uplink is not None:
+                cohort = self.trainer.screen(self.uplink(cohort))
         if not same:
             cohort = replace(cohort, staleness=torch.zeros_like(cohort.staleness))
         if self.average_buffers:

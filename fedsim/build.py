@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim import __version__
+from fedsim.build_uplink import build_adversary, build_uplink, check_uplink
 from fedsim.config import Config, instantiate, plain, settings
 from fedsim.construct import locate
 from fedsim.contracts import Dataset, LinearRule, Partition
 from fedsim.data.check import check_dataset
 from fedsim.data.splits import ClientSplits, split_clients, validation_split
-from fedsim.engine.sequential import Sequential
+from fedsim.engine.auto import make_engine
 from fedsim.engine.store import ClientStore
-from fedsim.engine.task import BUFFER, LOCAL, Engine, Task
+from fedsim.engine.task import BUFFER, LOCAL, Task
 from fedsim.errors import UserError
 from fedsim.experiment import Experiment, cohort_size
 from fedsim.flower.client import FlowerApp
@@ -49,7 +50,7 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     Args:
         config: as `fedsim.config.compose` returns it.
         parts: objects that stand in for groups: data (a Dataset), partition, model (an nn.Module or a function that
-            returns one), client (an objective), training (a LocalTraining), strategy, sampler.
+            returns one), client (an objective), training (a LocalTraining), strategy, sampler, attack, compressor.
 
     Raises:
         UserError: anything that cannot be run, in one line.
@@ -60,6 +61,9 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     device, dtype = _machine(run)
     dataset, partition, local = data(config, parts)
     splits = local.at(dataset.splits["train"])
+    adversary = build_adversary(config, parts, splits, run.seed)
+    if adversary is not None:
+        dataset = adversary.poison(dataset, splits.train)
     client, training = _client(config, parts)
     strategy = _bound(parts.get("strategy") or _strategy(config, splits, run), local_training=training)
     if getattr(strategy, "local_buffers", False):
@@ -69,25 +73,30 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     if getattr(strategy, "pooled", False):
         train = Partition(train.indices, np.array([0, len(train.indices)]))
     task = _task(dataset, train, model.to(device, dtype), names, (client, training), run)
+    uplink = build_uplink(config, parts, task, adversary)
     initial, buffers = _initial(model, names.shared), _initial_buffers(model, names.buffers)
-    engine = _engine(config, task)  # from here on the module's tensors are the engine's
+    cohort = cohort_size(run.fraction, int((task.partition.sizes > 0).sum()))
+    # From here on the module's tensors are the engine's.
+    engine, reason = make_engine(task, cohort=cohort, threads=run.threads or _num_cores(), **plain(config.engine))
     sampler = parts.get("sampler") or instantiate(_without(config.sampler, "seed"), "sampler")
     evaluation = parts.get("metrics") or instantiate(config.metrics)
     mode = parts.get("mode") or instantiate(config.mode)
     experiment = Experiment(
         settings=run, dataset=dataset, partition=partition, local=local, splits=splits, task=task, engine=engine,
         strategy=strategy, sampler=sampler, mode=mode, evaluation=evaluation, initial=initial, initial_buffers=buffers,
-        sampler_seed=_seed(config.sampler.seed, run), plan={}, config={},
+        sampler_seed=_seed(config.sampler.seed, run), plan={"why": reason}, config={}, uplink=uplink,
     )  # fmt: skip
     if isinstance(client, FlowerApp):
         clients = client.clients(
             task.shared, splits.train.num_clients, seed=run.seed, on_client_error=run.on_client_error
         )
         experiment = replace(experiment, foreign=clients)
+    if uplink is not None:
+        check_uplink(uplink, strategy, foreign=experiment.foreign is not None)
     experiment = timed(experiment, config, parts)
     experiment = _plan(experiment, config)
     _check_cohort(experiment)
-    _check_stops(experiment)
+    _check_evaluation(experiment)
     return experiment
 
 
@@ -239,11 +248,6 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _engine(config: Config, task: Task) -> Engine:
-    arguments = {name: value for name, value in plain(config.engine).items() if name != "name"}
-    return Sequential(task, **arguments)
-
-
 def _initial(model: nn.Module, layout: Layout) -> Tensor:
     own = dict(model.named_parameters())
     like = next(iter(own.values()))
@@ -267,7 +271,7 @@ def _plan(experiment: Experiment, config: Config) -> Experiment:
     samples = max(1, round(float(passed.mean()) * cohort))
     evaluation: Evaluation = experiment.evaluation.resolve(
         samples,
-        sum(len(p) for name, p in experiment.dataset.splits.items() if name != "train"),
+        sum(len(p) for name, p in experiment.dataset.splits.items() if name not in ("train", "backdoor")),
         int(experiment.splits.test.sizes.sum()),
     )
     why = _needs_rows(experiment, evaluation)
@@ -275,6 +279,7 @@ def _plan(experiment: Experiment, config: Config) -> Experiment:
     cost = CheckpointCost(float(steps.mean()) * cohort, samples, task.shared.size, 4 * (3 * task.shared.size + state))
     plan = {
         **experiment.engine.plan,
+        **experiment.plan,
         "rows": f"held: {why}" if why else "streamed",
         "device": str(task.device) if task.device.type == "cpu" else torch.cuda.get_device_name(task.device),
         "threads": torch.get_num_threads(),
@@ -300,6 +305,8 @@ def _needs_rows(experiment: Experiment, evaluation: Evaluation) -> str | None:
         return type(rule).__name__
     if getattr(rule, "needs_rows", False):
         return type(rule).__name__
+    if experiment.uplink is not None and experiment.uplink.needs_rows:
+        return experiment.uplink.needs_rows
     if evaluation.cosines:
         return "metrics.cosines"
     if evaluation.decomposition_every:
@@ -307,15 +314,24 @@ def _needs_rows(experiment: Experiment, evaluation: Evaluation) -> str | None:
     return None
 
 
-def _check_stops(experiment: Experiment) -> None:
-    """Refuse a stop that could never be reached: it would pass in silence."""
+def _check_evaluation(experiment: Experiment) -> None:
+    """Refuse what could never be evaluated, and stops that could never be reached: they would pass in silence."""
     run = experiment.settings
+    own = {LOCAL: "parameters", BUFFER: "running statistics"}
+    personal = next((own[p] for p in own if any(name.startswith(p) for name in experiment.task.store.first)), None)
     asked = {"target_accuracy": run.target_accuracy, "early_stopping.patience": run.early_stopping.patience}
-    for name in (name for name, value in asked.items() if value is not None):
-        if experiment.task.local.size:
-            raise UserError(f"{name} reads the global model's validation split, but part of each model is its client's")
+    stops = [name for name, value in asked.items() if value is not None]
+    for name in stops:
         if not len(experiment.dataset.splits.get("validation", ())):
             raise UserError(f"{name} reads the validation split, which is empty: set data.validation above 0")
+    if personal is None:
+        return
+    if experiment.evaluation.decomposition_every:
+        stops.append("metrics.decomposition_every")
+    for name in stops:
+        raise UserError(f"{name} needs one global model, but here clients keep {personal}")
+    if not (experiment.splits.test.sizes[~experiment.splits.held_out] > 0).any():
+        raise UserError(f"clients keep {personal}, so each is evaluated on its own test data: set partition.local_test")
 
 
 def _check_cohort(experiment: Experiment) -> None:

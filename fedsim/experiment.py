@@ -17,6 +17,7 @@ from fedsim.engine.task import Engine, Task
 from fedsim.local import Int64
 from fedsim.metrics.budget import Evaluation
 from fedsim.settings import Run
+from fedsim.uplink import Uplink
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +40,7 @@ class Experiment:
     sampler_seed: int
     plan: Mapping[str, Any]
     config: Mapping[str, Any]  # plain, as written to config.yaml
+    uplink: Uplink | None = None  # compression and attacks, between clients and rule
     clock: Clock = UNIT  # how long jobs take
     foreign: Any = None  # a Flower ClientApp's backend, where clients are not fedsim's
     notes: list[str] = field(default_factory=list)

@@ -54,9 +54,15 @@ class Loop:
         self.last_known: dict[str, Any] = {}
         self.previous: Tensor | None = None  # the last aggregate (D,)
         self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0, "record": 0.0}
-        self.evaluator = Evaluator(self.task, experiment.dataset, experiment.splits, experiment.evaluation)
+        self.uplink = experiment.uplink
+        adversary = self.adversary = None if self.uplink is None else self.uplink.adversary
+        self.evaluator = Evaluator(
+            self.task, experiment.dataset, experiment.splits, experiment.evaluation,
+            byzantine=None if adversary is None else adversary.byzantine,
+        )  # fmt: skip
         self.strategy = self._strategy()
         self.backend = self._backend()
+        self.backend.uplink = self.uplink
         served: Any = experiment.foreign or self.backend
         self.grid = SimulationGrid(
             served,
@@ -80,6 +86,8 @@ class Loop:
     def _backend(self) -> EngineBackend:
         rule = self.experiment.strategy
         streamed = self.experiment.plan["rows"] == "streamed"
+        if self.uplink is not None and callable(rule):
+            self.uplink.aggregate = lambda cohort: rule(cohort, self.strategy.state)[0]
         return EngineBackend(
             Trainer(self.experiment.engine, self.settings.on_bad_update, self.settings.on_client_error),
             buffers=self.experiment.initial_buffers,
@@ -176,7 +184,7 @@ class Loop:
             row |= self._cohort_figures(cohort, delta) | self.dispatcher.columns(cohort)[0]
             if due.decomposition:
                 row |= evaluator.decomposition(self.weights, buffers, cohort)
-        row |= {name: value for name, value in metrics.items() if not isinstance(value, Tensor) or value.dim() == 0}
+        row |= metrics  # a (K,) tensor becomes a column of the clients' table
         return row, clients
 
     def _cohort(self) -> Cohort | None:
@@ -198,6 +206,8 @@ class Loop:
         row |= self._traffic(cohort)
         if self.experiment.evaluation.drift and self.task.shared.size:
             row |= self._drift(cohort)
+        if self.adversary is not None:
+            row |= self.adversary.figures(cohort, delta)
         return row
 
     def _traffic(self, cohort: Cohort) -> dict[str, int]:
@@ -208,6 +218,7 @@ class Loop:
         return traffic(
             cohort, sent, num_sent=num_sent, num_received=len(cohort) + self.backend.trainer.dropped,
             buffers=buffers * self.task.dtype.itemsize,
+            update=None if self.uplink is None else self.uplink.num_bytes(self.task.dtype.itemsize),
         )  # fmt: skip
 
     def _drift(self, cohort: Cohort) -> dict[str, Any]:
@@ -273,6 +284,7 @@ class Loop:
             "buffers": self.backend.buffers,
             "strategy": rule,
             "clients": {"touched": touched, "rows": kept},
+            "uplink": {} if self.uplink is None else self.uplink.state(),
             "foreign": self.experiment.foreign.capture() if self.experiment.foreign else {},
             "best": self.best,
             "stopped": self.stopped,
@@ -306,6 +318,8 @@ class Loop:
             if state["foreign"]:
                 self.experiment.foreign.restore(state["foreign"])
             self.task.store.put(state["clients"]["touched"], state["clients"]["rows"])
+            if self.uplink is not None:
+                self.uplink.load(state["uplink"])
             self.dispatcher.load(state["time"], lambda value: _to(value, device))
             self.best, self.last_known = state["best"], state["last_known"]
             self.stopped = state["stopped"]
