@@ -39,23 +39,31 @@ class Line:
     high: Float  # (n,)
 
 
-def line_chart(title: str, lines: Sequence[Line], x_label: str, *, show: Callable[[float], str] | None = None) -> str:
+def line_chart(
+    title: str,
+    lines: Sequence[Line],
+    x_label: str,
+    *,
+    span: tuple[float, float] | None = None,
+    show: Callable[[float], str] | None = None,
+) -> str:
     """Draw lines with bands in one panel; the vertical axis is logarithmic where values span over three decades.
 
     Args:
         title: above the panel.
         lines: at least one, with at least one finite point.
         x_label: below.
+        span: least and greatest value, so that neighbouring panels have one scale; None: the lines' own.
         show: writes a number of the vertical axis; a short decimal if absent.
 
     """
     lines = [thinned for line in lines if (thinned := _thin(line)).x.size]
-    lows, highs = np.concatenate([line.low for line in lines]), np.concatenate([line.high for line in lines])
+    low, high = span_of(lines) if span is None else span
     right = max(float(line.x.max()) for line in lines)
     left = min(0.0, *(float(line.x.min()) for line in lines))
-    logarithmic = float(lows.min()) > 0 and float(highs.max()) / float(lows.min()) > 1e3
+    logarithmic = low > 0 and high / low > 1e3
     down = np.log10 if logarithmic else np.asarray
-    bottom, top = _padded(float(down(lows.min())), float(down(highs.max())))
+    bottom, top = _padded(float(down(low)), float(down(high)))
     across = _scale(left, right if right > left else left + 1, _LEFT, _WIDTH - _RIGHT)
     upward = _scale(bottom, top, _HEIGHT - _BOTTOM, _TOP)
     parts = [_open(title, _WIDTH, _HEIGHT)]
@@ -75,9 +83,9 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, *, show: Callabl
     for line in sorted(lines, key=lambda line: -line.style):  # the first ones on top
         style = f"s{line.style}" if line.style < NUM_STYLES else "more"
         x = across(line.x)
-        y, low, high = (upward(np.asarray(down(v))) for v in (line.y, line.low, line.high))
-        if line.style < NUM_STYLES and not np.array_equal(low, high):
-            band = _path(np.concatenate([x, x[::-1]]), np.concatenate([low, high[::-1]]))
+        y, under, over = (upward(np.asarray(down(v))) for v in (line.y, line.low, line.high))
+        if line.style < NUM_STYLES and not np.array_equal(under, over):
+            band = _path(np.concatenate([x, x[::-1]]), np.concatenate([under, over[::-1]]))
             parts.append(f'<path class="band {style}" d="{band}Z"/>')
         last = write(float(line.y[-1]))
         parts.append(
@@ -86,6 +94,13 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, *, show: Callabl
         if x.size == 1:
             parts.append(f'<circle class="dot {style}" cx="{x[0]:.1f}" cy="{y[0]:.1f}" r="3"/>')
     return "".join([*parts, "</svg>"])
+
+
+def span_of(lines: Sequence[Line]) -> tuple[float, float]:
+    """Return the least and greatest finite value of some lines' bands; (0, 1) where there is none."""
+    ends = np.concatenate([part for line in lines for part in (line.low, line.high)])
+    finite = ends[np.isfinite(ends)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
 
 
 def _text(kind: str, x: float, y: float, text: str, anchor: str = "middle") -> str:
@@ -175,7 +190,7 @@ def heat_map(
     named = names is not None and rows <= 30 and columns <= 12
     left = min(150, 16 + max((len(name) for name in names[0]), default=0) * 7) if named and names else 40
     wide = max(_WIDTH - left - _RIGHT, 44 * columns) if named else _WIDTH - left - _RIGHT
-    tall = 22 * rows if named else min(max(4 * rows, 60), 190)
+    tall = 22 * rows if named else min(max(5 * rows, 130), 200)
     height = _TOP + tall + 36
     parts = [_open(title, left + wide + _RIGHT, height)]
     parts.append(

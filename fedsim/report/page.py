@@ -28,6 +28,7 @@ nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .6rem 0 } nav a {
   background: var(--paper); border-bottom: 1px solid var(--rule) }
 .legend span { display: inline-flex; align-items: center; gap: .4rem; white-space: nowrap } .legend svg { width: 34px }
 .grid-of { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(390px, 100%%), 1fr)); gap: 14px }
+.row { grid-template-columns: repeat(auto-fit, minmax(min(330px, 100%%), 430px)); margin-bottom: 14px }
 .wide { grid-template-columns: repeat(auto-fill, minmax(min(560px, 100%%), 1fr)) }
 figure { margin: 0; padding: 8px 10px; background: var(--card); border: 1px solid var(--rule); border-radius: 6px }
 figure svg { display: block; width: 100%%; max-width: 620px; height: auto }

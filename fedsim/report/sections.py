@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedsim.report import tables
-from fedsim.report.charts import NUM_STYLES, Line, line_chart
+from fedsim.report.charts import NUM_STYLES, Line, line_chart, span_of
 from fedsim.report.groups import Group, Table
 from fedsim.report.page import figures, html_table, paragraph, section
 from fedsim.report.runs import Run
@@ -69,14 +69,30 @@ def legend(table: Table) -> str:
 
 def against_rounds(table: Table, name: str, title: str, text: str, columns: Sequence[str]) -> str:
     """Return curves of some columns over rounds, a panel a column and setting."""
-    drawn = []
-    for column in columns:
-        for setting in table.settings:
-            found = [_line(table, group, column) for group in table.in_setting(setting)]
-            lines = [line for line in found if line is not None]
-            if lines:
-                drawn.append(line_chart(_title(column, setting), lines, "round", show=_writer(column)))
-    return section(name, title, paragraph(text), figures(drawn)) if drawn else ""
+    drawn = [
+        panels
+        for column in columns
+        if (panels := _panels(table, column, lambda group, column=column: _line(table, group, column), "round"))
+    ]
+    return section(name, title, paragraph(text), *_laid_out(drawn)) if drawn else ""
+
+
+def _panels(table: Table, column: str, line_of: Callable[[Group], Line | None], x_label: str) -> list[str]:
+    """Return a panel for each setting, all with one scale."""
+    lines = {s: [line for g in table.in_setting(s) if (line := line_of(g)) is not None] for s in table.settings}
+    lines = {setting: found for setting, found in lines.items() if found}
+    span = span_of([line for found in lines.values() for line in found]) if lines else None
+    return [
+        line_chart(_title(column, setting), found, x_label, span=span, show=_writer(column))
+        for setting, found in lines.items()
+    ]
+
+
+def _laid_out(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Put the settings of a column side by side; where there is one setting, the columns."""
+    if all(len(row) == 1 for row in rows):
+        return [figures([panel for row in rows for panel in row])]
+    return [figures(row, "row") for row in rows]
 
 
 def _title(column: str, setting: str) -> str:
@@ -108,14 +124,14 @@ def costs(table: Table) -> str:
     column = "accuracy" if any("accuracy" in run.columns for group in table.all for run in group.runs) else "loss"
     drawn = []
     for needs, along, units in (("bytes_up", _bytes, _BYTES), ("simulated_seconds", _simulated, _TIMES)):
-        for setting in table.settings:
-            groups = [group for group in table.in_setting(setting) if all(needs in run.columns for run in group.runs)]
-            lines = [line for group in groups if (line := _line(table, group, column, along)) is not None]
-            if lines:
-                scaled, label = _in_unit(lines, units)
-                drawn.append(line_chart(_title(column, setting), scaled, label, show=_writer(column)))
+        has = {group.name for group in table.all if all(needs in run.columns for run in group.runs)}
+        found = {g.name: line for g in table.all if g.name in has and (line := _line(table, g, column, along))}
+        if found:
+            scaled, label = _in_unit(list(found.values()), units)
+            named = dict(zip(found, scaled, strict=True))
+            drawn.append(_panels(table, column, lambda group, named=named: named.get(group.name), label))
     text = "What it costs: bytes of models and updates over the network, and time where devices are simulated."
-    return section("costs", "Against communication and time", paragraph(text), figures(drawn)) if drawn else ""
+    return section("costs", "Against communication and time", paragraph(text), *_laid_out(drawn)) if drawn else ""
 
 
 def _bytes(run: Run, rounds: Float) -> Float:

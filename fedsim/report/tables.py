@@ -129,19 +129,21 @@ def number(metric: str, value: float, *, signed: bool = False) -> str:
     >>> number("accuracy", 0.91234), number("loss", 0.35899), number("accuracy", 0.01, signed=True)
     ('91.23', '0.3590', '+1.00')
     """
+    if value < 0:
+        return "−" + number(metric, -value)
     if not math.isfinite(value):
         return str(value)
     words = metric.replace(".", "_").split("_")
-    sign = "+" if signed and value >= 0 else ""
+    sign = "+" if signed else ""
     if is_percent(metric):
         return f"{sign}{100 * value:.2f}"
     if "bytes" in words:
         return sign + size(value)
     if "seconds" in words:
-        return sign + (duration(value) if value >= 0 else f"-{duration(-value)}")
-    if float(value).is_integer() and abs(value) < 1e15:
+        return sign + duration(value)
+    if float(value).is_integer() and value < 1e15:
         return f"{sign}{int(value):,}"
-    return f"{sign}{value:.4f}" if 1e-3 <= abs(value) < 1e3 else f"{sign}{value:.3e}"
+    return f"{sign}{value:.4f}" if 1e-3 <= value < 1e3 else f"{sign}{value:.3e}"
 
 
 def plus_minus(metric: str, mean: Mean) -> str:
@@ -230,7 +232,7 @@ def latex(comparison: Comparison, table: Table) -> str:
 def _latex_cell(comparison: Comparison, cell: Cell | None) -> str:
     if cell is None:
         return "--"
-    text = plus_minus(comparison.metric, cell.mean).replace("±", r"$\pm$")
+    text = plus_minus(comparison.metric, cell.mean).replace("±", r"$\pm$").replace("−", "$-$")
     return (f"\\textbf{{{text}}}" if cell.best else text) + ("$^{*}$" if differs(cell) else "")
 
 
