@@ -11,7 +11,7 @@ from torch import Tensor
 from fedsim.contracts import Cohort, Dataset, Partition
 from fedsim.data.splits import ClientSplits
 from fedsim.engine.evaluate import predict
-from fedsim.engine.task import LOCAL, Task
+from fedsim.engine.task import BUFFER, LOCAL, Task
 from fedsim.local import Int64
 from fedsim.metrics.budget import Evaluation
 from fedsim.metrics.calibration import expected_calibration_error
@@ -84,8 +84,8 @@ class Evaluator:
 
     @property
     def personal(self) -> bool:
-        """Whether a client's model differs from the server's."""
-        return self.task.local.size > 0
+        """Whether a client's model differs from the server's: in parameters or in running statistics."""
+        return any(name.startswith((LOCAL, BUFFER)) for name in self.task.store.first)
 
     def global_figures(self, weights: Tensor, buffers: Tensor) -> Figures:
         """Evaluate the global model on the test and validation splits.
@@ -94,7 +94,8 @@ class Evaluator:
         test samples, and `accuracy` and `loss` are means over the samples of the clients that train.
         """
         if self.personal:
-            result, labels = self._personal(weights, buffers, self.splits.test, ~self.splits.held_out)
+            tested = np.flatnonzero(~self.splits.held_out & (self.splits.test.sizes > 0))
+            result, labels = self._personal(weights, buffers, self.splits.test, tested)
             return self._figures(result, labels)
         figures = {}
         for name, positions in self.server.items():
@@ -114,14 +115,19 @@ class Evaluator:
             figures |= {f"recall_{k}": value for k, value in enumerate(recall.unbind())}
         return figures
 
-    def _personal(self, weights: Tensor, buffers: Tensor, data: Partition, who: np.ndarray[Any, Any]) -> Any:
-        """Evaluate each client's own model on its own samples, client by client."""
+    def _personal(self, weights: Tensor, buffers: Tensor, data: Partition, clients: Int64) -> tuple[Outputs, Tensor]:
+        """Evaluate each client's own model on its own samples, client by client; return (outputs, labels)."""
         parts, labels = [], []
-        for client in np.flatnonzero(who & (data.sizes > 0)).tolist():
-            state = self.task.store.get(np.array([client]), self.task.device)
-            local = {name: state[LOCAL + name][0] for name in self.task.local.names}
+        for client in clients.tolist():
+            own = {name: value[0] for name, value in self.task.store.get(np.array([client]), self.task.device).items()}
+            local = {name: own[LOCAL + name] for name in self.task.local.names}
+            if self.task.buffers.size and BUFFER + self.task.buffers.names[0] in own:
+                kept = {name: own[BUFFER + name].to(buffers.dtype) for name in self.task.buffers.names}
+                mine = self.task.buffers.join(kept)
+            else:
+                mine = buffers
             positions = self._put(data.of(client))
-            parts.append(predict(self.task, weights, positions, buffers=buffers, local=local))
+            parts.append(predict(self.task, weights, positions, buffers=mine, local=local))
             labels.append(self.task.y[positions])
         return concatenate(parts), torch.cat(labels)
 
@@ -132,7 +138,7 @@ class Evaluator:
         if not len(clients):
             return None
         if self.personal:
-            result, _ = self._personal(weights, buffers, data, data.sizes > 0)
+            result, _ = self._personal(weights, buffers, data, clients)
         else:
             result = predict(self.task, weights, self.test, buffers=buffers)
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(data.sizes[clients])])).to(self.task.device)
@@ -165,10 +171,13 @@ class Evaluator:
         return decompose(torch.stack(local), torch.stack(everywhere), total, cohort.weights)
 
     def train_losses(self, weights: Tensor, buffers: Tensor, clients: Int64) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Return the global model's mean loss (n,) on the training samples of clients (n,)."""
+        """Return the mean loss (n,) on the training samples of clients (n,) of the model each would start from."""
         data = self.task.partition
-        positions = np.concatenate([data.of(int(k)) for k in clients])
-        result = predict(self.task, weights, self._put(positions), buffers=buffers)
+        if self.personal:
+            result, _ = self._personal(weights, buffers, data, clients)
+        else:
+            positions = np.concatenate([data.of(int(k)) for k in clients])
+            result = predict(self.task, weights, self._put(positions), buffers=buffers)
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(data.sizes[clients])])).to(self.task.device)
         losses: np.ndarray[Any, np.dtype[np.float64]] = per_client(result, offsets)["loss"].cpu().numpy()
         return losses

@@ -57,6 +57,17 @@ def test_a_nested_state_comes_back_to_the_bit(tmp_path):
     assert not same({**nested(), "scalar": torch.tensor(8)}, state)
 
 
+def test_the_manifest_is_strict_json(tmp_path):
+    """Anybody's reader takes it: NaN and the infinities, which JSON does not have, are not written bare."""
+    checkpoint.save(tmp_path, 1, nested())
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    manifest = json.loads((tmp_path / "round-00000001.json").read_text(), parse_constant=refuse)
+    assert manifest["round"] == 1
+
+
 def test_what_is_read_is_not_what_is_held(tmp_path):
     weights = torch.zeros(3)
     checkpoint.save(tmp_path, 1, {"weights": weights})

@@ -33,6 +33,9 @@ SMALL_DIGITS = ("partition.num_clients=8", "model=logreg", "metrics.every=1", "m
 BYTES = ("model.safetensors", "rounds.jsonl", "clients.parquet")
 
 
+EVERY = ("metrics.every=1", "metrics.clients_every=1", "checkpoint.every=1")
+
+
 class Recorder(Observer):
     """Keeps what a run says."""
 
@@ -62,6 +65,10 @@ def run(tmp_path, monkeypatch):
 def last(overrides):
     """Keep the last override of each key: fedsim refuses a key that is given twice."""
     return list({text.partition("=")[0]: text for text in overrides}.values())
+
+
+def resume(folder, *overrides, observer=None):
+    return simulation.resume(Path(folder), list(overrides), observer or Recorder())
 
 
 def weights(result):
@@ -328,10 +335,55 @@ def test_the_target_is_read_on_validation(run):
     assert result.summary["stopped"].endswith("reached 0.75")
 
 
+class Batched(nn.Module):
+    """Linear over a batch norm without parameters: all that a client could keep of it are statistics."""
+
+    def __init__(self, input_shape, num_classes):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(input_shape[0], affine=False, momentum=None)
+        self.linear = nn.Linear(input_shape[0], num_classes)
+
+    def forward(self, x):
+        return self.linear(self.norm(x))
+
+
+def test_each_client_is_evaluated_with_the_statistics_that_it_keeps(run):
+    settings = (*BLOBS, "buffers=client", "client.batch_size=null", "fraction=1", "dtype=float64")
+    result = run(*settings, model=Batched, num_rounds=1)
+    experiment = building.build(compose(last([*settings])), {"model": Batched})
+    x, y, found = experiment.task.x, experiment.task.y, []
+    for k in range(6):
+        train, test = (torch.from_numpy(part.of(k)) for part in (experiment.splits.train, experiment.splits.test))
+        logits = result.model.linear((x[test] - x[train].mean(0)) / (x[train].var(0) + 1e-5).sqrt())
+        found.append((logits.argmax(1) == y[test]).double().mean().item())
+    assert len(set(found)) > 1
+    measured = [a for a in table(result)["test_accuracy"] if a is not None]
+    np.testing.assert_allclose(measured, found, rtol=1e-12)
+
+
+def test_samplers_that_read_losses_read_each_clients_own_model(run):
+    """Else they would read what the client that trained last left in the module, and a resumed run would differ."""
+    settings = (*BLOBS, *EVERY, "model=mlp", "model.local=head", "sampler=power_of_choice", "client.lr=0.5")
+    short, long = run(*settings, num_rounds=2), run(*settings, num_rounds=5)
+    assert len({tuple(cohort) for cohort in cohorts(long).values()}) > 1
+    assert contents(resume(short.folder, "num_rounds=5")) == contents(long)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("metrics.decomposition_every=1",), ("partition.local_test=0",), ("buffers=client", "partition.local_test=0")],
+    ids=str,
+)
+def test_what_personal_models_cannot_be_evaluated_on_is_refused(run, overrides):
+    own = {"model": Batched} if "buffers=client" in overrides else {"strategy": "local"}
+    with pytest.raises(UserError, match=r"(decomposition_every|local_test).*|clients keep .*set partition.local_test"):
+        run(*BLOBS, *overrides, **own, num_rounds=1)
+
+
 @pytest.mark.parametrize("stop", ["target_accuracy=0.5", "early_stopping.patience=3"])
 @pytest.mark.parametrize("why", ["data.validation=0", "strategy=local", "model.local=bias"])
 def test_stops_that_could_never_be_reached_are_refused(run, stop, why):
-    with pytest.raises(UserError, match=f"{stop.partition('=')[0]} .*validation"):
+    with pytest.raises(UserError, match=f"{stop.partition('=')[0]} .*(validation|one global model)"):
         run(*BLOBS, stop, why, num_rounds=1)
 
 
@@ -381,7 +433,7 @@ def test_every_choice_runs(run, group, choice):
             settings.append("partition.imbalance_factor=0.5")
     elif group != "partition":
         settings.append("partition.num_clients=6")
-    if group == "engine" and choice != "auto":
+    if choice == "sequential":
         settings.append("engine.channels_last=false")
     assert_ran(run(*settings))
 
@@ -608,13 +660,6 @@ def test_a_used_folder_is_refused(run, tmp_path):
     with pytest.raises(UserError, match=r"used holds a run already; go on with `fedsim run resume=.*used`"):
         run(*BLOBS, num_rounds=1, folder=tmp_path / "used")
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "used").iterdir() if p.is_file()}
-
-
-def resume(folder, *overrides, observer=None):
-    return simulation.resume(Path(folder), list(overrides), observer or Recorder())
-
-
-EVERY = ("metrics.every=1", "metrics.clients_every=1", "checkpoint.every=1")
 
 
 @pytest.mark.parametrize(
