@@ -124,7 +124,8 @@ class FedHyper:
         sent = self._sent(names, context)
         if sent is None or not self.global_weight:
             return x.new_zeros(())
-        return self._product(x, sent) * (self.global_weight / context.broadcast["num_participants"])
+        share: Tensor = self._product(x, sent) * (self.global_weight / context.broadcast["num_participants"])
+        return share
 
     def _sent(self, names: list[str], context: Context) -> Tensor | None:
         """Return the entries (d,) of Δ that belong to names; None if the server sends none."""
