@@ -100,7 +100,7 @@ def _run_verb(name: str, words: list[str]) -> None:
     verb = VERBS[name]
     parser = _Parser(
         prog=f"fedsim {name}",
-        usage=f"fedsim {name} [{verb.takes}{'' if name == 'list' else ' ...'}] [--config-dir DIR] [-v]",
+        usage=_usage(name, verb),
         description=verb.summary + ".\n\n" + textwrap.dedent(verb.details).strip(),
         epilog=plugins.help_text() if verb.takes == "name=value" else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -127,6 +127,12 @@ def _run_verb(name: str, words: list[str]) -> None:
     _make_importable(Path.cwd())
     options = {option: value for option in verb.options if (value := getattr(given, option)) is not None}
     verb.act(Arguments(given.words, given.config_dir, options))
+
+
+def _usage(name: str, verb: Verb) -> str:
+    more = "" if name in ("list", "compare", "new") else " ..."
+    options = " [options]" if verb.options else ""
+    return f"fedsim {name} [{verb.takes}{more}]{options} [--config-dir DIR] [-v]"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -248,6 +254,36 @@ def _act_list(given: Arguments) -> None:
         print("\nfedsim list GROUP says what each choice is; GROUP=CHOICE takes it.")
 
 
+def _act_report(given: Arguments) -> None:
+    from fedsim.report.command import report
+
+    if not given.words:
+        raise UserError("fedsim report needs a folder: of a run, or one with runs in it")
+    options = {name: Path(value) if name == "out" else value for name, value in given.options.items()}
+    text, path = report([Path(word) for word in given.words], **options)  # type: ignore[arg-type]
+    print(text if path is None else path)
+
+
+def _act_compare(given: Arguments) -> None:
+    from fedsim.report.difference import compare
+
+    if len(given.words) != 2:
+        raise UserError(f"fedsim compare takes two folders, got {len(given.words)}")
+    print(compare(*map(Path, given.words)))
+
+
+def _act_new(given: Arguments) -> None:
+    from fedsim.scaffold import KINDS, new
+
+    if len(given.words) != 2:
+        raise UserError(
+            f"fedsim new takes a kind ({', '.join(KINDS)}) and a name, for example fedsim new strategy mine"
+        )
+    made = new(*given.words, Path())
+    print("\n".join(str(made.folder / file) for file in made.files))
+    print(f"\npip install -e {made.folder}\nfedsim run {made.choice}\npytest {made.folder}")
+
+
 VERBS = {
     "run": Verb(
         "Train a federation and write a run folder",
@@ -311,5 +347,48 @@ VERBS = {
         """,
         "GROUP",
         _act_list,
+    ),
+    "report": Verb(
+        "Write one page, or a table, of runs",
+        """
+        FOLDER is a run folder, or one with run folders in it, such as a sweep's. The page is whole in itself: it works
+        offline. Runs that differ in nothing but seeds are repetitions.
+
+        examples:
+          fedsim report runs/rates
+          fedsim report runs/rates --format latex --baseline fedavg --metric client_accuracy_worst
+        """,
+        "FOLDER",
+        _act_report,
+        {
+            "format": "html (the default), latex, markdown or csv",
+            "out": "file to write; html: FOLDER/report.html, else the terminal",
+            "baseline": "method that the others are tested against; fedavg, or the first",
+            "metric": "of the final table, a name in summary.json; accuracy",
+        },
+    ),
+    "compare": Verb(
+        "Say which settings and which results of two runs differ",
+        """
+        A and B are run folders, or folders with runs in them, which are paired by their seeds.
+
+        examples:
+          fedsim compare outputs/2026-01-31/12-00-00-fedavg outputs/2026-01-31/12-05-00-fedld
+        """,
+        "A B",
+        _act_compare,
+    ),
+    "new": Verb(
+        "Write a pip package with a strategy, a client or a partition of your own",
+        """
+        KIND is strategy, client or partition. The package is made in the folder fedsim-NAME, with code that runs, its
+        YAML, tests and a README; docs/plugins.md walks through one.
+
+        examples:
+          fedsim new strategy mine
+          fedsim new partition by_hospital
+        """,
+        "KIND NAME",
+        _act_new,
     ),
 }

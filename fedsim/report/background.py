@@ -9,7 +9,7 @@ from fedsim.errors import UserError
 from fedsim.metrics.records import RoundLog
 from fedsim.quantities import duration, show
 from fedsim.report import tables
-from fedsim.report.groups import Group, Table, differing, value_of
+from fedsim.report.groups import Group, Table, differing, value_of, written
 from fedsim.report.page import html_table, paragraph, section
 from fedsim.report.runs import Run
 from fedsim.report.sections import against_rounds
@@ -94,8 +94,7 @@ def configs(table: Table) -> str:
 def _shown(run: Run, key: str) -> str:
     if key not in run.config and key not in run.choices:
         return "–"
-    value = value_of(run, key)
-    return "null" if value is None else escape(str(value))
+    return escape(written(value_of(run, key)))
 
 
 def run_list(runs: Sequence[Run], table: Table) -> str:

@@ -71,6 +71,17 @@ def value_of(run: Run, name: str) -> Any:
     return run.choices.get(name, run.config.get(name))
 
 
+def written(value: Any) -> str:
+    """Return a value as it is written on the command line.
+
+    >>> written(None), written(True), written(("a", 1)), written(0.1)
+    ('null', 'true', '[a,1]', '0.1')
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return "[" + ",".join(map(written, value)) + "]" if isinstance(value, tuple) else str(value)
+
+
 def group(runs: Sequence[Run]) -> Table:
     """Sort runs into repetitions of methods in settings.
 
@@ -132,7 +143,7 @@ def _namer(runs: Sequence[Run], keys: Sequence[str]) -> Callable[[Run], str]:
             if key in groups:
                 parts.append(str(value) if key in METHOD else f"{key}={value}")
             elif key in run.config:
-                parts.append(f"{heads[key]}={'null' if value is None else value}")
+                parts.append(f"{heads[key]}={written(value)}")
         return " ".join(parts)
 
     return name

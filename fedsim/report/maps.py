@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from fedsim.report.runs import Run, is_seed
 from fedsim.report.sections import against_rounds
 
 Float = npt.NDArray[np.float64]
+Int = npt.NDArray[np.int64]
 
 CLIENTS = ("client_accuracy_mean", "client_accuracy_worst", "client_accuracy_std", "held_out_accuracy_mean")
 _STANDARD = ("round", "client", "num_samples", "num_steps", "train_loss", "update_norm", "cosine", "test_accuracy",
@@ -29,17 +31,9 @@ def clients(table: Table) -> str:
     text = "On each client's own test samples: mean, worst tenth, spread, and clients that never train."
     curves = against_rounds(table, "clients", "Clients", text, CLIENTS)
     maps = [
-        heat_map(
-            group.name,
-            matrix,
-            axes=("client, worst to best", "round"),
-            span=(0.0, 1.0),
-            names=([], names),
-            show=_percent,
-        )
+        _sorted_map(group.name, found, "client, worst to best", (0.0, 1.0), show=_percent)
         for group in table.all[:_MOST_MAPS]
-        if (found := _by_client(group.runs[0], "test_accuracy")) is not None
-        for matrix, names in [found]
+        if (found := by_client(group.runs[0], "test_accuracy")) is not None
     ]
     if not maps:
         return curves
@@ -56,8 +50,21 @@ def _percent(value: float) -> str:
     return f"{100 * value:.0f}"
 
 
-def _by_client(run: Run, column: str) -> tuple[Float, list[str]] | None:
-    """Return a column of clients.parquet as (clients sorted by their last value, rounds), and the rounds' names."""
+class ByClient(NamedTuple):
+    """A column of clients.parquet."""
+
+    clients: Int  # (K,) ids, ascending
+    rounds: Int  # (T,) in which it was measured, ascending
+    values: Float  # (K, T) NaN where missing
+
+    @property
+    def last(self) -> Float:
+        """Each client's last known value (K,)."""
+        return np.array([row[np.isfinite(row)][-1] for row in self.values])
+
+
+def by_client(run: Run, column: str) -> ByClient | None:
+    """Read a column of a run's clients.parquet; None where it is not there or holds nothing."""
     path = run.folder / "clients.parquet"
     if not path.is_file():
         return None
@@ -70,14 +77,18 @@ def _by_client(run: Run, column: str) -> tuple[Float, list[str]] | None:
     known = np.isfinite(values)
     if not known.any():
         return None
-    rounds, at = np.unique(stored["round"].to_numpy()[known], return_inverse=True)
-    ids, row = np.unique(stored["client"].to_numpy()[known], return_inverse=True)
+    rounds, at = np.unique(stored["round"].to_numpy()[known], return_inverse=True)  # (T,)
+    ids, row = np.unique(stored["client"].to_numpy()[known], return_inverse=True)  # (K,)
     matrix = np.full((len(ids), len(rounds)), np.nan)  # (K, T)
     matrix[row, at] = values[known]
-    last = np.array([line[np.isfinite(line)][-1] for line in matrix])  # (K,)
-    order = np.argsort(last, kind="stable")
-    matrix, kept = _coarse(matrix[order]), np.linspace(0, len(rounds) - 1, min(len(rounds), _MOST_CELLS)).astype(int)
-    return matrix, [str(number) for number in rounds[kept]]
+    return ByClient(ids, rounds, matrix)
+
+
+def _sorted_map(title: str, found: ByClient, axis: str, span: tuple[float, float], **how: Any) -> str:
+    """Draw clients, sorted by their last value, over rounds."""
+    matrix = _coarse(found.values[np.argsort(found.last, kind="stable")])
+    ends = [str(found.rounds[0]), str(found.rounds[-1])]
+    return heat_map(title, matrix, axes=(axis, "round"), span=span, names=([], ends), **how)
 
 
 def _coarse(matrix: Float) -> Float:
@@ -169,15 +180,11 @@ def recorded_of_clients(table: Table) -> str:
     drawn = []
     for group in table.all:
         for column in _own_columns(group.runs[0]):
-            found = _by_client(group.runs[0], column)
+            found = by_client(group.runs[0], column)
             if found is not None and len(drawn) < _MOST_MAPS:
-                matrix, names = found
-                span = float(np.nanmin(matrix)), float(np.nanmax(matrix))
+                span = float(np.nanmin(found.values)), float(np.nanmax(found.values))
                 title = f"{column.replace('_', ' ')} · {group.name}"
-                drawing = heat_map(
-                    title, matrix, axes=("client, low to high at the end", "round"), span=span, names=([], names)
-                )
-                drawn.append(drawing + colour_bar(span))
+                drawn.append(_sorted_map(title, found, "client, low to high", span) + colour_bar(span))
     if not drawn:
         return ""
     text = paragraph(f"What strategies and clients record of each client, {_whose(table)}.")
