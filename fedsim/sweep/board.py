@@ -246,7 +246,8 @@ def outcome(row: Row, seconds: float | None) -> tuple[str, ...]:
     """Return what came of a trial, in words: accuracy, loss and its time, or why it failed."""
     if row["state"] == "failed":
         return (f"failed: {row['error']}",)
-    known = [f"{name} {show(name, row[name])}" for name in ("accuracy", "loss") if row.get(name) is not None]
+    known = [f"accuracy {show('accuracy', row['accuracy'])}"] if row.get("accuracy") is not None else []
+    known += [f"loss {row['loss']:.4f}"] if row.get("loss") is not None else []
     return (*known, duration(seconds or 0.0))
 
 

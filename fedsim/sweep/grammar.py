@@ -105,8 +105,6 @@ def _parse(text: str) -> Override:
         item = OverridesParser.create().parse_override(text)
     except HydraException as error:
         raise UserError(misfit.grammar(text)) from error
-    except OmegaConfBaseException as error:  # what Hydra makes of range(3),5
-        raise UserError(f"{text}: write either a list of values or one range") from error
     if not str(item.key_or_group).strip():
         raise UserError(misfit.grammar(text))
     return item
@@ -130,7 +128,10 @@ def _axis(item: Override, text: str, config_dir: Path | None) -> Axis:
         texts, values = names, names
     else:
         values = tuple(Override._convert_value(element) for element in item.sweep_iterator())
-        texts = tuple(Transformer.str(element) for element in item.sweep_iterator())
+        try:
+            texts = tuple(Transformer.str(element) for element in item.sweep_iterator())
+        except OmegaConfBaseException as error:  # what Hydra makes of range(3),5
+            raise UserError(f"{text}: write either a list of values or one range") from error
     if not values:
         raise UserError(f"{text} gives {item.key_or_group} no value")
     if len(set(texts)) < len(texts):

@@ -14,13 +14,13 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any
 
-import matplotlib.backends.backend_agg  # noqa: F401  loaded before the fork: every run draws its partition
-import pyarrow.parquet  # noqa: F401  loaded before the fork: every run merges its client rows
+import torch
 
 from fedsim import simulation
 from fedsim.config import compose
@@ -29,6 +29,16 @@ from fedsim.errors import UserError
 from fedsim.folder import locked
 from fedsim.sweep.plan import setting
 from fedsim.sweep.pool import Event, Job
+
+# What runs import when they first need it: loaded once, before the fork, it costs the trials nothing.
+for _name in (
+    "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.PngImagePlugin",  # the partition's picture
+    "pandas", "pyarrow.parquet",  # clients.parquet; pyarrow looks for pandas
+    "sklearn.datasets",  # the digits
+    "torch._dynamo",  # counting a model's operations loads it
+):  # fmt: skip
+    with suppress(ImportError):
+        import_module(_name)
 
 LOG = "log.txt"
 _PATIENCE = 10.0  # seconds for which a killed sweep's worker may still hold a folder
@@ -74,12 +84,14 @@ def serve(pipe: connection.Connection, environ: Mapping[str, str], folder: str) 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the parent decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
     gc.freeze()  # what was loaded before the fork is never looked through again
+    threads = torch.get_num_threads()
     while True:
         try:
             job = pipe.recv()
         except EOFError:
             return
         try:
+            torch.set_num_threads(threads)  # a run's model is made before the run has set its own
             _do(job, pipe)
         except BrokenPipeError:
             return
