@@ -23,6 +23,9 @@ EXEMPT = {
     "local": dict.fromkeys(("unanimity", "translation"), "it averages nothing"),
     "centered_clipping": dict.fromkeys(EQUIVARIANCES, "its radius has the unit of the updates, its start is fixed"),
     "norm_clipping": dict.fromkeys(EQUIVARIANCES, "its bound has the unit of the updates and is taken from the origin"),
+    "feddyn": dict.fromkeys(("unanimity", "translation"), "it takes its drift term off the mean"),
+    "fedexp": dict.fromkeys(("homogeneity", "translation"), "its rate compares norms with each other and with epsilon"),
+    "step_decay": dict.fromkeys(("unanimity", "translation"), "it shortens the mean"),
     "flag": {"translation": "its subspace passes through the origin"},
     "fedld": {"translation": "its directions and norms are taken from the origin"},
 }
