@@ -1,0 +1,197 @@
+"""Runs in virtual time: equal bits for equal plans, resume in mid-flight, and what is refused."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedsim.build import build
+from fedsim.config import compose
+from fedsim.console import Observer
+from fedsim.errors import UserError
+from fedsim.loop import Loop
+from fedsim.simulation import resume, simulate
+
+SMALL = ("partition.num_clients=8", "fraction=1", "model=logreg", "threads=1", "metrics.every=100",
+         "checkpoint.every=1")  # fmt: skip
+
+
+OPEN = []
+
+
+@pytest.fixture(autouse=True)
+def closed_logs():
+    yield
+    while OPEN:
+        loop = OPEN.pop()
+        loop.rounds.close()
+        loop.times.close()
+
+
+def loop_of(folder, *overrides):
+    OPEN.append(Loop(build(compose([*SMALL, "num_rounds=6", *overrides])), folder, Observer()))
+    return OPEN[-1]
+
+
+def weights_of(folder, *overrides):
+    loop = loop_of(folder, *overrides)
+    loop.run()
+    return loop.weights
+
+
+@cache
+def synchronous(strategy, folder):
+    return weights_of(folder, f"strategy={strategy}")
+
+
+@pytest.mark.parametrize("strategy", ["fedld", "scaffold"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ("mode=async", "mode.buffer=8", "mode.concurrency=8"),
+        # However fast each is: a full buffer waits for all.
+        ("mode=async", "mode.buffer=8", "mode.concurrency=8", "devices=lognormal"),
+        ("mode=deadline", "mode.late=deliver", "devices=lognormal"),
+    ],
+    ids=["async", "async-lognormal", "deadline"],
+)
+def test_modes_that_let_the_same_replies_arrive_give_the_same_bits(tmp_path, tmp_path_factory, strategy, mode):
+    folder = tmp_path_factory.getbasetemp() / f"sync-{strategy}"
+    assert torch.equal(weights_of(tmp_path, f"strategy={strategy}", *mode), synchronous(strategy, folder))
+
+
+FLIGHTS = {
+    "async": ("mode=async", "mode.buffer=2", "mode.concurrency=5", "devices=lognormal", "devices.dropout=0.2",
+              "devices.partial_work=0.3", "availability=markov"),
+    "deadline": ("mode=deadline", "mode.late=deliver", "mode.deadline=0.006", "devices=lognormal"),
+    "delay": ("mode=fixed_delay", "mode.delay=2", "devices=intertwined", "devices.form=most", "devices.num_slow=2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "strategy"), [("async", "scaffold"), ("deadline", "fedadam"), ("delay", "fedavg")])
+def test_a_run_goes_on_in_mid_flight(tmp_path, name, strategy):
+    arguments = (f"strategy={strategy}", *FLIGHTS[name])
+    whole = loop_of(tmp_path / "whole", *arguments)
+    stale = 0
+    for round in range(1, 7):
+        whole.step(round)
+        stale += 0 if whole.backend.cohort is None else int(whole.backend.cohort.staleness.sum())
+    assert stale > 0
+    first = loop_of(tmp_path / "cut", *arguments)
+    for round in range(1, 4):
+        first.step(round)
+    first.save()
+    assert len(first.dispatcher.flight.clients)  # something is under way
+    second = loop_of(tmp_path / "cut", *arguments)
+    second.load()
+    second.run()
+    assert torch.equal(second.weights, whole.weights)
+    assert second.dispatcher.flight.now == whole.dispatcher.flight.now
+
+
+def test_a_stale_row_is_trained_from_the_version_it_was_sent(tmp_path):
+    """Against the same loop stepped by hand: version 0's update, added three rounds later."""
+    arguments = ("mode=fixed_delay", "mode.delay=3", "devices=intertwined", "devices.form=most", "devices.num_slow=3")
+    loop = loop_of(tmp_path / "a", *arguments, "dtype=float64")
+    start = loop.weights
+    slow = np.flatnonzero(loop.experiment.clock.fleet.slow)
+    for round in range(1, 5):
+        loop.step(round)
+        cohort = loop.backend.cohort
+        late = cohort.staleness > 0
+        assert late.sum() == (3 if round == 4 else 0)
+    assert cohort.staleness[late].tolist() == [3, 3, 3]
+    assert set(cohort.clients[late].tolist()) == set(slow.tolist())
+    assert torch.equal(cohort.models[0], start)
+    fresh = loop_of(tmp_path / "b", "dtype=float64", "strategy=krum")  # a rule that holds rows
+    fresh.step(1)
+    # The first round's updates of the slow clients, which the delayed run aggregates in its fourth.
+    rows = fresh.backend.cohort
+    want = rows.updates[torch.isin(rows.clients, torch.from_numpy(slow))]
+    again = loop_of(tmp_path / "c", "dtype=float64", "strategy=krum", *arguments)
+    for round in range(1, 5):
+        again.step(round)
+    # Row by row equal; batched kernels may round the last bit with the number of rows.
+    torch.testing.assert_close(
+        again.backend.cohort.updates[again.backend.cohort.staleness > 0], want, rtol=1e-9, atol=1e-12
+    )
+
+
+def test_versions_are_freed_when_nobody_needs_them(tmp_path):
+    loop = loop_of(tmp_path, *FLIGHTS["async"])
+    for round in range(1, 13):
+        loop.step(round)
+        held, flight = set(loop.dispatcher.versions.models), loop.dispatcher.flight
+        received = set() if loop.backend.cohort is None else set(loop.dispatcher.arrivals.received.tolist())
+        assert held == {round - 1, *flight.versions.tolist(), *received}
+    sync = loop_of(tmp_path / "sync")
+    sync.step(1)
+    assert not sync.dispatcher.versions.models
+
+
+def test_partial_work_does_its_share_of_the_steps(tmp_path):
+    loop = loop_of(tmp_path, "devices.partial_work=0.25", "client.local_steps=8", "strategy=median")
+    loop.step(1)
+    work = loop.dispatcher.arrivals.work
+    np.testing.assert_array_equal(loop.backend.cohort.num_steps.numpy(), np.ceil(8 * work))
+    assert len(set(loop.backend.cohort.num_steps.tolist())) > 2
+
+
+def test_a_lost_round_leaves_the_model_and_is_recorded(tmp_path):
+    result = simulate(
+        *SMALL, "availability=bernoulli", "availability.probability=0.1", num_rounds=6, folder=tmp_path / "run"
+    )
+    rows = result.rounds
+    empty = [row for row in rows if row["num_participants"] == 0]
+    assert empty
+    assert len(empty) < len(rows)
+    assert [row["simulated_seconds"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_times_follow_from_the_model_and_the_data(tmp_path):
+    loop = loop_of(tmp_path, "devices=uniform", "devices.speed=[1000.0,1000.0]", "devices.down_bandwidth=[100.0,100.0]",
+                   "devices.up_bandwidth=[10.0,10.0]", "client.local_epochs=3")  # fmt: skip
+    sizes = loop.task.partition.sizes
+    # logreg on digits: 64 · 10 weights, 10 biases. Forward 2 · 640 operations a sample, and once more for the
+    # gradient by the weights; the input needs none.
+    seconds = 650 * 4 / 100 + 2 * 1280 * 3 * sizes / 1000 + (650 * 4 + 8 + 4) / 10
+    np.testing.assert_allclose(loop.experiment.clock.jobs(np.arange(8), 1).seconds, seconds, rtol=1e-12)
+    loop.step(1)
+    assert loop.dispatcher.flight.now == pytest.approx(seconds.max(), rel=1e-12)
+
+
+def test_bytes_are_those_of_the_traffic(tmp_path):
+    result = simulate(*SMALL, "strategy=scaffold", "devices=uniform", num_rounds=1, folder=tmp_path / "run")
+    clock = build(compose([*SMALL, "strategy=scaffold", "devices=uniform"])).clock
+    assert result.rounds[0]["bytes_down"] == 8 * clock.down_bytes
+    assert result.rounds[0]["bytes_up"] == 8 * clock.up_bytes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["mode=fixed_delay"], "needs devices that say who is slow"),
+        (["mode=async", "mode.buffer=9"], "buffer must be <= 8"),
+        (["mode=async", "mode.buffer=2", "strategy=flower/fedavg"], "use a fedsim rule"),
+        (["mode=async", "mode.buffer=2", "client.lr_decay=0.9"], "client.lr_decay must be 1"),
+        (["devices=intertwined", "devices.target_class=10"], "devices.target_class must be below the data's 10"),
+        (["devices.dropout=1"], "devices.dropout must be in"),
+        (["devices=trace", "devices.path=none.csv"], "none.csv: no such file"),
+        (["mode=async", "mode.buffer=2", "strategy=krum", "strategy.num_byzantine=1"], "needs"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_round(overrides, message):
+    with pytest.raises(UserError, match=message):
+        build(compose([*SMALL, *overrides]))
+
+
+def test_a_folder_in_mid_flight_is_resumed(tmp_path):
+    whole = simulate(*SMALL, *FLIGHTS["async"], num_rounds=6, folder=tmp_path / "whole")
+    simulate(*SMALL, *FLIGHTS["async"], num_rounds=3, folder=tmp_path / "run")
+    again = resume(tmp_path / "run", ["num_rounds=6"], Observer())
+    mine, want = (load_file(result.folder / "model.safetensors") for result in (again, whole))
+    assert all(torch.equal(mine[name], want[name]) for name in want)
+    for name in ("simulated_seconds", "num_outstanding", "num_lost", "staleness_mean", "train_loss"):
+        assert [row.get(name) for row in again.rounds] == [row.get(name) for row in whole.rounds]
