@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.func import vmap
 
 from fedsim.engine.batches import Step, steps
-from fedsim.engine.gradients import Gradient, Situation
+from fedsim.engine.gradients import Gradient
 from fedsim.engine.optimizer import Optimizer
+from fedsim.engine.situation import Situation
 from fedsim.engine.task import BUFFER, LOCAL, Block, Job, Task, row_keys
 from fedsim.layout import Params
 from fedsim.local import Int64, Schedule

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import re
-import traceback
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -12,52 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
-from fedsim.contracts import Batch, Context
+from fedsim.contracts import Batch
 from fedsim.engine.batches import Step
-from fedsim.engine.fused import Rows, Sink, convert
 from fedsim.engine.model import Functional
+from fedsim.engine.rows import Rows, Sink
+from fedsim.engine.situation import Situation
 from fedsim.engine.task import Task
 from fedsim.layout import Params
 from fedsim.local import LocalTraining
 from fedsim.models.dropout import dropout_key
-
-_INSIDE = re.compile(r"/(torch|fedsim/engine)/")  # files that are not the user's
-
-
-class Situation:
-    """What the rows of a chunk know beside their batches, stacked: the batched form of `contracts.Context`.
-
-    Args:
-        task: what all rounds share.
-        number: of the phase.
-        lr: this round's local rate.
-        stacked: field of a context → (R, …), or names of them.
-        broadcast: what the rule sent, where all rows got the same; else it is among what is stacked.
-
-    """
-
-    def __init__(
-        self, task: Task, number: int, lr: float, stacked: Mapping[str, Any], broadcast: Mapping[str, Any] | None = None
-    ) -> None:
-        self.task, self.number, self.lr, self.stacked, self.broadcast = task, number, lr, stacked, broadcast
-        self.step_state: dict[str, Tensor] = {}
-
-    def first(self, count: int) -> Any:
-        """Return what is stacked, of the first rows."""
-        return _first({**self.stacked, "step_state": self.step_state}, count)
-
-    def keep(self, step_state: Mapping[str, Tensor], count: int) -> None:
-        """Take the new step state of the first rows; rows that are done keep theirs."""
-        old = self.step_state
-        self.step_state = {n: torch.cat([v, old[n][count:]]) if n in old else v for n, v in step_state.items()}
-
-    def context(self, mine: Mapping[str, Any], step: int) -> Context:
-        """Return the context of one row from its slice of what is stacked."""
-        return Context(
-            received=mine["received"], broadcast=mine["broadcast"] if self.broadcast is None else self.broadcast,
-            client_state=mine["client_state"], step_state=mine["step_state"], step=step, num_steps=mine["num_steps"],
-            lr=self.lr, num_samples=mine["num_samples"], key=mine["key"], layout=self.task.shared, phase=self.number,
-        )  # fmt: skip
 
 
 class Gradient(Protocol):
@@ -149,11 +109,11 @@ class GenericGradient:
 
     fused = False
 
-    def __init__(self, task: Task, module: nn.Module) -> None:
+    def __init__(self, task: Task, module: nn.Module, *, mixes_samples: bool) -> None:
         self.task, self.model = task, Functional(module)
         # A loss of its own, or a model that looks at a whole batch, must get exactly a row's samples: no repeats.
         self.of_batch = hasattr(task.objective, "loss")
-        self.whole = self.of_batch or _mixes_samples(task)
+        self.whole = self.of_batch or mixes_samples
         self.moving: tuple[str, ...] = ()
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
@@ -210,90 +170,6 @@ class GenericGradient:
 
         grads, losses = vmap(grad_and_value(loss))(*operands)
         return grads, losses
-
-
-def lanes(task: Task, kernels: str, count: int) -> list[Gradient]:
-    """Return `count` gradients that can run side by side.
-
-    Raises:
-        ValueError: the task cannot be batched that way.
-
-    """
-    if task.buffers.size:
-        raise ValueError("the model has running statistics (batch norm?), which batched clients would share")
-    # A copy each: `functional_call` swaps parameters in the module it runs. First of all, for a merged forward would
-    # pass over a branch on a tensor's value, which `vmap` refuses.
-    generic = [GenericGradient(task, copy.deepcopy(task.module)) for _ in range(count)]
-    _same_logits(task, generic[0])
-    alone = not any(hasattr(task.objective, name) for name in ("loss", "direction", "finish"))
-    if kernels != "generic" and alone and not generic[0].whole:
-        fused = [
-            FusedGradient(task, *pair) for pair in (convert(task.module) for _ in range(count)) if pair is not None
-        ]
-        if fused and _same_logits(task, fused[0]):
-            return list(fused)
-    if kernels == "fused":
-        raise ValueError("kernels=fused: a layer has no fused kernel, or the objective is more than a criterion")
-    return list(generic)
-
-
-def _two_rows(task: Task) -> tuple[Params, Tensor]:
-    """Return two rows of unlike weights and two samples for each: enough to tell whether rows stay apart."""
-    own = dict(task.module.named_parameters())
-    names = (*task.shared.names, *task.local.names)
-    params = {name: torch.stack([own[name].detach(), 1.5 * own[name].detach() + 0.1]) for name in names}
-    size = min(2, len(task.x) // 2)
-    x = task.x[: 2 * size]
-    return params, x.view(2, size, *x.shape[1:])
-
-
-@torch.no_grad()
-def _mixes_samples(task: Task) -> bool:
-    """Say whether a sample's logits depend on who else is in its batch."""
-    task.module.eval()
-    alone, together = task.module(task.x[:1]), task.module(task.x[:2])[:1]
-    task.module.train()
-    return not torch.allclose(alone, together, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
-
-
-@torch.no_grad()
-def _same_logits(task: Task, gradient: Gradient) -> bool:
-    """Say whether rows trained together see what each would see alone.
-
-    A forward that mixes samples, or reads weights behind the layers' backs, is no fused one.
-
-    Raises:
-        ValueError: rows cannot be batched at all; the message names the line of the model that is in the way.
-
-    """
-    params, x = _two_rows(task)
-    task.module.eval()
-    try:
-        model = Functional(task.module)
-        alone = torch.stack([model({n: p[k] for n, p in params.items()}, x[k]) for k in (0, 1)])
-        try:
-            together = gradient.logits(params, x)
-        except Exception as error:
-            if gradient.fused:
-                return False
-            raise ValueError(f"clients cannot be batched: {users_line(error)}") from error
-    finally:
-        task.module.train()
-    return bool(torch.allclose(alone, together, rtol=1e-3, atol=1e-4 * float(alone.abs().max())))
-
-
-def users_line(error: BaseException) -> str:
-    """Return what went wrong and the last line of the user's own code on the way there."""
-    own = [f for f in traceback.extract_tb(error.__traceback__) if not _INSIDE.search(f.filename.replace("\\", "/"))]
-    message = str(error).splitlines()[0] if str(error) else type(error).__name__
-    where = f"{own[-1].filename}:{own[-1].lineno}, `{own[-1].line}`: " if own else ""
-    return f"{where}{message}"
-
-
-def _first(tree: Any, count: int) -> Any:
-    if isinstance(tree, Tensor):
-        return tree[:count]
-    return {name: _first(value, count) for name, value in tree.items()}
 
 
 def _take(tree: Any, chosen: Tensor) -> Any:

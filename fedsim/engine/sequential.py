@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedsim.contracts import Batch, Context, Phase
+from fedsim.engine.client import Plan, Row, Start, Update, gather
 from fedsim.engine.model import Functional
-from fedsim.engine.optimizer import Optimizer, clip
 from fedsim.engine.task import BUFFER, LOCAL, Block, Job, Task, local_round, row_keys
 from fedsim.layout import Params
-from fedsim.local import Schedule, moving
-from fedsim.metrics.classification import segment_sums
+from fedsim.local import moving
 from fedsim.models.dropout import KeyedDropout, dropout_key
 from fedsim.rng import fold_in
 
@@ -70,7 +68,7 @@ class Sequential:
         """Train the rows of a job and write their updates w_k − w_received into out (K, D)."""
         task = self.task
         plans = [self._plan(job, number, phase) for number, phase in enumerate(task.phases)]
-        starts = {version: _Start(self, job, version, plans) for version in set(job.received.tolist())}
+        starts = {version: Start(task, self.params, job, version, plans) for version in set(job.received.tolist())}
         keys = row_keys(task, job)  # (K,)
         task.module.train()
         rows = []
@@ -83,13 +81,11 @@ class Sequential:
                 self._write(start, delta)
                 left.square_norm = torch.dot(delta, delta)  # while the row is in cache
                 rows.append(left)
-        return self._block(job, plans, rows)
+        return gather(task, job, plans, rows)
 
-    def _row(
-        self, job: Job, row: int, start: _Start, plans: list[_Plan], keys: Tensor, state: dict[str, Tensor]
-    ) -> _Row:
+    def _row(self, job: Job, row: int, start: Start, plans: list[Plan], keys: Tensor, state: dict[str, Tensor]) -> Row:
         """Run one client's local round in the module's own parameters."""
-        left = _Row()
+        left = Row()
         if self._simple:
             for plan, update in zip(plans, start.updates, strict=True):
                 self._simple_phase(plan, update, row, keys, left)
@@ -103,11 +99,11 @@ class Sequential:
             left.state = state | left.state
             left.state.update({LOCAL + n: self.params[n].detach().clone() for n in self.task.local.names})
             left.state.update({name: b.clone() for name, b in self.buffers.items() if name in state})
-        if self.buffers:
-            left.buffers = torch.cat([b.detach().flatten().to(self.task.dtype) for b in self.buffers.values()])
+        flat = [b.detach().flatten().to(self.task.dtype) for b in self.buffers.values()]
+        left.buffers = torch.cat(flat) if flat else self.flat[:0]
         return left
 
-    def _load(self, start: _Start, state: Mapping[str, Tensor], buffers: Tensor) -> None:
+    def _load(self, start: Start, state: Mapping[str, Tensor], buffers: Tensor) -> None:
         self.flat.copy_(start.flat)
         for name, weight in self.apart:
             weight.copy_(start.params[name])
@@ -119,14 +115,14 @@ class Sequential:
             ):
                 buffer.copy_(state.get(name, value))
 
-    def _write(self, start: _Start, out: Tensor) -> None:
+    def _write(self, start: Start, out: Tensor) -> None:
         torch.sub(self.flat, start.flat, out=out)
         if self.apart:
             views = self.task.shared.split(out)
             for name, weight in self.apart:
                 torch.sub(weight, start.params[name], out=views[name])
 
-    def _simple_phase(self, plan: _Plan, update: _Update, row: int, keys: Tensor, left: _Row) -> None:
+    def _simple_phase(self, plan: Plan, update: Update, row: int, keys: Tensor, left: Row) -> None:
         """Run the steps of a phase whose loss is a criterion of the logits: the fast path."""
         module, criterion, enable_grad = self.task.module, self.task.objective.criterion, torch.enable_grad
         params = update.optimizer.params
@@ -142,7 +138,7 @@ class Sequential:
             step(grads)
 
     def _general_phases(  # noqa: PLR0913  as `_row`
-        self, job: Job, row: int, start: _Start, plans: list[_Plan], keys: Tensor, state: dict[str, Tensor], left: _Row
+        self, job: Job, row: int, start: Start, plans: list[Plan], keys: Tensor, state: dict[str, Tensor], left: Row
     ) -> Context:
         """Run all phases of a row; return the context of the last step."""
         own = {name: value for name, value in state.items() if not name.startswith((LOCAL, BUFFER))}
@@ -158,7 +154,7 @@ class Sequential:
         return context
 
     def _general_phase(
-        self, plan: _Plan, update: _Update, row: int, keys: Tensor, context: Context, left: _Row
+        self, plan: Plan, update: Update, row: int, keys: Tensor, context: Context, left: Row
     ) -> Context:
         """Run the steps of a phase of any objective; return the context of its last step."""
         params = update.optimizer.params
@@ -194,16 +190,16 @@ class Sequential:
             self._mean_weights[size] = torch.full((size,), 1 / size, dtype=self.task.dtype, device=self.task.device)
         return self._mean_weights[size]
 
-    def _plan(self, job: Job, number: int, phase: Phase | None) -> _Plan:
+    def _plan(self, job: Job, number: int, phase: Phase | None) -> Plan:
         """Lay out a phase; small cohorts' samples are gathered here at once, others' pass by pass."""
         task = self.task
         order = local_round(task, job, number, phase)
         positions = torch.from_numpy(order.positions).to(task.device)  # (M,)
         names = moving((*task.shared.names, *task.local.names), phase)
         x = self._x.index_select(0, positions) if len(positions) * self._x[0].numel() <= GATHER_ENTRIES else None
-        return _Plan(number, names, order, positions, x, task.y.index_select(0, positions))
+        return Plan(number, names, order, positions, x, task.y.index_select(0, positions))
 
-    def _batches(self, plan: _Plan, row: int, keys: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, plan: Plan, row: int, keys: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of a row's local round."""
         task, order = self.task, plan.schedule
         n, left = int(order.sizes[row]), int(order.num_steps[row])
@@ -225,83 +221,6 @@ class Sequential:
                 left -= 1
                 yield pair
 
-    def _block(self, job: Job, plans: list[_Plan], rows: list[_Row]) -> Block:
-        task = self.task
-        sizes = task.partition.sizes[job.clients]
-        weights = [float(sizes[k]) if row.weight is None else row.weight for k, row in enumerate(rows)]
-        extras = {name: torch.stack([row.extras[name] for row in rows]) for name in rows[0].extras}
-        return Block(
-            square_norms=torch.stack([row.square_norm for row in rows]),
-            weights=_column(weights, task.device),
-            num_steps=torch.from_numpy(np.sum([plan.schedule.num_steps for plan in plans], axis=0)),
-            extras={"train_loss": _mean_losses(rows, task), **extras},
-            buffers=torch.stack([row.buffers for row in rows]) if self.buffers else self.flat.new_zeros(len(rows), 0),
-            state={name: torch.stack([row.state[name] for row in rows]) for name in job.state},
-        )
-
-
-class _Row:
-    """What a row leaves beside its update."""
-
-    square_norm: Tensor
-    buffers: Tensor
-
-    def __init__(self) -> None:
-        self.losses: list[Tensor] = []
-        self.counts: list[int] = []
-        self.extras: Mapping[str, Tensor] = {}
-        self.state: dict[str, Tensor] = {}
-        self.weight: Any = None  # None: the client's samples
-
-
-class _Plan(NamedTuple):
-    """One phase of a job: who moves, and the samples of every row on the device."""
-
-    number: int
-    moving: tuple[str, ...]
-    schedule: Schedule
-    positions: Tensor  # (M,)
-    x: Tensor | None  # (M, …), where they are few
-    y: Tensor  # (M,)
-
-
-class _Start:
-    """What rows that start from the same version share."""
-
-    def __init__(self, engine: Sequential, job: Job, version: int, plans: list[_Plan]) -> None:
-        self.flat = job.models[version]  # (D,)
-        self.params = engine.task.shared.split(self.flat)
-        self.broadcast = job.broadcasts.get(version, {})
-        self.updates = [
-            _Update(engine.task, plan, [engine.params[n] for n in plan.moving], self, job.lr) for plan in plans
-        ]
-
-
-class _Update:
-    """From a gradient to a step: proximal pull, clipping, optimiser."""
-
-    def __init__(self, task: Task, plan: _Plan, params: list[Tensor], start: _Start, lr: float) -> None:
-        self.optimizer = Optimizer(task.training, params, lr)
-        self.clip_norm = task.training.clip_norm
-        self.mu = float(start.broadcast.get("proximal_mu", getattr(task.objective, "proximal_mu", 0.0)))
-        self.pulled = [k for k, name in enumerate(plan.moving) if name in start.params] if self.mu else []
-        self.anchors = [start.params[plan.moving[k]] for k in self.pulled]
-        self.free = not self.pulled and self.clip_norm is None  # nothing to do before the optimiser
-
-    def constrain(self, grads: list[Tensor]) -> None:
-        """Add the proximal pull and clip, in place."""
-        if self.pulled:
-            pulled = [grads[k] for k in self.pulled]
-            torch._foreach_add_(pulled, [self.optimizer.params[k] for k in self.pulled], alpha=self.mu)
-            torch._foreach_add_(pulled, self.anchors, alpha=-self.mu)
-        if self.clip_norm is not None:
-            clip(grads, self.clip_norm)
-
-    def __call__(self, grads: list[Tensor]) -> None:
-        """Take one step."""
-        self.constrain(grads)
-        self.optimizer.step(grads)
-
 
 def _at(context: Context, step: int, step_state: Mapping[str, Tensor] | None = None) -> Context:
     """Return the context of a step (`dataclasses.replace` costs five times as much)."""
@@ -317,23 +236,3 @@ def _gradient(loss: Tensor, params: list[Tensor]) -> list[Tensor]:
     """Return the gradient, zero where the loss does not depend on a parameter."""
     grads = torch.autograd.grad(loss, params, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
-
-
-def _column(values: list[Any], device: torch.device) -> Tensor:
-    """Return numbers and 0-d tensors as (K,) float64."""
-    if any(isinstance(value, Tensor) for value in values):
-        return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
-    return torch.tensor(values, dtype=torch.float64, device=device)
-
-
-def _mean_losses(rows: list[_Row], task: Task) -> Tensor:
-    """Return each row's mean training loss over the samples of its steps (K,)."""
-    steps = [len(row.losses) for row in rows]
-    if not sum(steps):
-        return torch.zeros(len(rows), dtype=task.dtype, device=task.device)
-    losses = torch.stack([loss for row in rows for loss in row.losses]).double()  # (S,)
-    counts = torch.tensor([count for row in rows for count in row.counts], dtype=torch.float64, device=task.device)
-    offsets = torch.tensor(np.concatenate([[0], np.cumsum(steps)]), device=task.device)  # (K+1,)
-    # Segment by segment, not as differences of one running sum: there one row's NaN would reach all rows after it.
-    means = segment_sums(losses * counts, offsets) / segment_sums(counts, offsets).clamp(min=1)  # (K,)
-    return means.to(task.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsim.engine.chunk import Chunk, Plan
-from fedsim.engine.gradients import lanes
+from fedsim.engine.lanes import lanes
 from fedsim.engine.task import Block, Job, Task, local_round
 from fedsim.local import Int64, moving
 

@@ -1,0 +1,97 @@
+"""Which way the clients of a task can be batched, found out by trying two rows."""
+
+from __future__ import annotations
+
+import copy
+import re
+import traceback
+
+import torch
+from torch import Tensor
+
+from fedsim.engine.fused import convert
+from fedsim.engine.gradients import FusedGradient, GenericGradient, Gradient
+from fedsim.engine.model import Functional
+from fedsim.engine.task import Task
+from fedsim.layout import Params
+
+_INSIDE = re.compile(r"/(torch|fedsim/engine)/")  # files that are not the user's
+
+
+def lanes(task: Task, kernels: str, count: int) -> list[Gradient]:
+    """Return `count` gradients that can run side by side.
+
+    Raises:
+        ValueError: the task cannot be batched that way.
+
+    """
+    if task.buffers.size:
+        raise ValueError("the model has running statistics (batch norm?), which batched clients would share")
+    mixes = _mixes_samples(task)
+    # A copy each: `functional_call` swaps parameters in the module it runs. First of all, for a merged forward would
+    # pass over a branch on a tensor's value, which `vmap` refuses.
+    generic = [GenericGradient(task, copy.deepcopy(task.module), mixes_samples=mixes) for _ in range(count)]
+    _same_logits(task, generic[0])
+    alone = not any(hasattr(task.objective, name) for name in ("loss", "direction", "finish"))
+    if kernels != "generic" and alone and not generic[0].whole:
+        fused = [
+            FusedGradient(task, *pair) for pair in (convert(task.module) for _ in range(count)) if pair is not None
+        ]
+        if fused and _same_logits(task, fused[0]):
+            return list(fused)
+    if kernels == "fused":
+        raise ValueError("kernels=fused: a layer has no fused kernel, or the objective is more than a criterion")
+    return list(generic)
+
+
+def _two_rows(task: Task) -> tuple[Params, Tensor]:
+    """Return two rows of unlike weights and two samples for each: enough to tell whether rows stay apart."""
+    own = dict(task.module.named_parameters())
+    names = (*task.shared.names, *task.local.names)
+    params = {name: torch.stack([own[name].detach(), 1.5 * own[name].detach() + 0.1]) for name in names}
+    size = min(2, len(task.x) // 2)
+    x = task.x[: 2 * size]
+    return params, x.view(2, size, *x.shape[1:])
+
+
+@torch.no_grad()
+def _mixes_samples(task: Task) -> bool:
+    """Say whether a sample's logits depend on who else is in its batch."""
+    task.module.eval()
+    alone, together = task.module(task.x[:1]), task.module(task.x[:2])[:1]
+    task.module.train()
+    return not torch.allclose(alone, together, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
+
+
+@torch.no_grad()
+def _same_logits(task: Task, gradient: Gradient) -> bool:
+    """Say whether rows trained together see what each would see alone.
+
+    A forward that mixes samples, or reads weights behind the layers' backs, is no fused one.
+
+    Raises:
+        ValueError: rows cannot be batched at all; the message names the line of the model that is in the way.
+
+    """
+    params, x = _two_rows(task)
+    task.module.eval()
+    try:
+        model = Functional(task.module)
+        alone = torch.stack([model({n: p[k] for n, p in params.items()}, x[k]) for k in (0, 1)])
+        try:
+            together = gradient.logits(params, x)
+        except Exception as error:
+            if gradient.fused:
+                return False
+            raise ValueError(f"clients cannot be batched: {users_line(error)}") from error
+    finally:
+        task.module.train()
+    return bool(torch.allclose(alone, together, rtol=1e-3, atol=1e-4 * float(alone.abs().max())))
+
+
+def users_line(error: BaseException) -> str:
+    """Return what went wrong and the last line of the user's own code on the way there."""
+    own = [f for f in traceback.extract_tb(error.__traceback__) if not _INSIDE.search(f.filename.replace("\\", "/"))]
+    message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    where = f"{own[-1].filename}:{own[-1].lineno}, `{own[-1].line}`: " if own else ""
+    return f"{where}{message}"
