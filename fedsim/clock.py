@@ -103,7 +103,8 @@ class Clock:
         """Return those of clients (n,) that can be reached."""
         if self.availability is None:
             return clients
-        return clients[self.availability.present(self.seed, clients, round, now)]
+        there: Bools = self.availability.present(self.seed, clients, round, now)
+        return clients[there]
 
     def chances(self, clients: Int64, now: float) -> Floats:
         """Return the probability (n,) that each client can be reached."""

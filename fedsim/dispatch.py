@@ -13,7 +13,7 @@ from fedsim.contracts import Cohort, State
 from fedsim.devices.fleet import Floats
 from fedsim.experiment import Experiment
 from fedsim.local import Int64
-from fedsim.modes.mode import Arrivals, Flight, Server
+from fedsim.modes.mode import Arrivals, Flight, Mode, Server
 from fedsim.rng import generator
 from fedsim.samplers import Pool
 
@@ -98,7 +98,7 @@ class Dispatcher:
             broadcast: what the rule sends with it; asked where somebody may answer it in a later round.
 
         """
-        mode = self.experiment.mode
+        mode: Mode = self.experiment.mode
         arrivals, self.flight = mode(round, self.flight, self.server)
         if mode.stale:
             self.versions.add(round - 1, weights, broadcast())

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedsim import checkpoint
 from fedsim.backend import EngineBackend
 from fedsim.console import Observer
-from fedsim.contracts import Cohort, LinearRule, State
+from fedsim.contracts import Cohort, LinearRule, Metrics, State
 from fedsim.dispatch import Dispatcher
 from fedsim.engine.rounds import AllUpdatesBad, Trainer
 from fedsim.errors import UserError
@@ -119,7 +119,8 @@ class Loop:
         arrivals = self.dispatcher.next(round, self.weights, self._broadcast)
         self.grid.cohort = arrivals.clients
         train = self._train_seconds()
-        weights, metrics = self.weights, {}
+        weights: Tensor = self.weights
+        metrics: Metrics = {}
         if len(arrivals.clients):
             weights, metrics = aggregate(self.strategy, round, self.weights, self.grid)
             self._warn(round)

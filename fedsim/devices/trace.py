@@ -54,7 +54,8 @@ class Trace:
         chosen = self._rows(table.get("client"), len(population), len(rows))  # (P,)
         slow = table.get("slow", np.zeros(len(rows)))[chosen] > 0  # (P,)
         try:
-            return Fleet(*(table[name][chosen] for name in COLUMNS), slow).checked()
+            speed, down, up = (table[name][chosen] for name in COLUMNS)  # (P,) each
+            return Fleet(speed, down, up, slow).checked()
         except ValueError as error:
             raise UserError(f"{self.path}: {error}") from error
 

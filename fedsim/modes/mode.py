@@ -56,7 +56,8 @@ class Flight(NamedTuple):
 
     def join(self, other: Flight) -> Self:
         """Return the jobs of both, at this one's time."""
-        return self._replace(**{name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in _COLUMNS})
+        joined: dict[str, Any] = {n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in _COLUMNS}
+        return self._replace(**joined)
 
     def at(self, now: float) -> Self:
         """Return the same jobs at another time."""
