@@ -80,11 +80,12 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     engine, reason = make_engine(task, cohort=cohort, threads=run.threads or _num_cores(), **plain(config.engine))
     sampler = parts.get("sampler") or instantiate(_without(config.sampler, "seed"), "sampler")
     evaluation = parts.get("metrics") or instantiate(config.metrics)
+    tracker = parts.get("tracker") or instantiate(config.tracker)
     mode = parts.get("mode") or instantiate(config.mode)
     experiment = Experiment(
         settings=run, dataset=dataset, partition=partition, local=local, splits=splits, task=task, engine=engine,
         strategy=strategy, sampler=sampler, mode=mode, evaluation=evaluation, initial=initial, initial_buffers=buffers,
-        sampler_seed=_seed(config.sampler.seed, run), plan={"why": reason}, config={}, uplink=uplink,
+        sampler_seed=_seed(config.sampler.seed, run), plan={"why": reason}, config={}, tracker=tracker, uplink=uplink,
     )  # fmt: skip
     if isinstance(client, FlowerApp):
         clients = client.clients(

@@ -42,6 +42,7 @@ class Experiment:
     config: Mapping[str, Any]  # plain, as written to config.yaml
     uplink: Uplink | None = None  # compression and attacks, between clients and rule
     clock: Clock = UNIT  # how long jobs take
+    tracker: Any = None  # told of the rounds beside the console, if there is one
     foreign: Any = None  # a Flower ClientApp's backend, where clients are not fedsim's
     notes: list[str] = field(default_factory=list)
 

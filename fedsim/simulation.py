@@ -31,8 +31,10 @@ from fedsim.metrics.records import RoundLog, write_json
 from fedsim.metrics.skew import label_counts, skew
 from fedsim.partition.picture import draw
 from fedsim.saved import amend, claim_run_dir, load
+from fedsim.trackers import tracked
 
-GROUPS = ("data", "partition", "model", "client", "training", "strategy", "sampler", "metrics", "attack", "compressor")
+GROUPS = ("data", "partition", "model", "client", "training", "strategy", "sampler", "metrics", "attack", "compressor",
+          "tracker")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +193,12 @@ def _storage(folder: Path) -> Any:
 def _drive(
     experiment: Experiment, folder: Path, observer: Observer, started: float, *, resumed: bool = False
 ) -> Result:
+    """Run the rounds, telling the tracker too if there is one."""
+    with tracked(observer, experiment.tracker, folder, experiment.config) as told:
+        return _rounds(experiment, folder, told, started, resumed=resumed)
+
+
+def _rounds(experiment: Experiment, folder: Path, observer: Observer, started: float, *, resumed: bool) -> Result:
     """Run the rounds and write the results; what was finished is kept whatever happens."""
     loop = Loop(experiment, folder, observer)
     if resumed:
@@ -220,7 +228,7 @@ _SHOWN = ("accuracy", "loss", "validation_accuracy", "client_accuracy_mean", "cl
 
 def _plan_line(plan: Mapping[str, Any]) -> str:
     return (
-        f"engine {plan['engine']} on {plan['device']} ({plan['dtype']}, {plan['threads']} threads), "
+        f"engine {plan['engine']} ({plan['why']}) on {plan['device']}, {plan['dtype']}, {plan['threads']} threads, "
         f"{plan['parameters']:,} parameters, {plan['cohort']} of {plan['clients']} clients a round, "
         f"updates {plan['rows']}, evaluation every {plan['evaluate_every']} "
         f"(clients every {plan['evaluate_clients_every']}), checkpoint every {plan['checkpoint_every']}"
