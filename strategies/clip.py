@@ -1,0 +1,38 @@
+r"""Clipping before any rule: no update is longer than a bound.
+
+    Δ_k ← Δ_k min(1, C / ‖Δ_k‖)
+Around FedAvg it is `norm_clipping` (Sun et al., 2019, https://arxiv.org/abs/1911.07963).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedsim.contracts import Cohort, Metrics
+from fedsim.linalg import row_norms
+from fedsim.strategies.preaggregation import PreAggregator, clip_factors, scaled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip(PreAggregator):
+    """A rule on updates of bounded length.
+
+    Args:
+        rule: the inner rule.
+        max_norm: C > 0, in units of the updates' Euclidean norms.
+
+    Raises:
+        ValueError: `max_norm` not above 0.
+
+    """
+
+    max_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.max_norm > 0:
+            raise ValueError(f"Clip needs max_norm > 0, got {self.max_norm}")
+
+    def mix(self, cohort: Cohort) -> tuple[Cohort, Metrics]:
+        """Return the clipped cohort; the share of clients clipped is a metric."""
+        factors = clip_factors(row_norms(cohort.rows), self.max_norm)  # (K,)
+        return scaled(cohort, factors), {"pre_clipped_fraction": (factors < 1).double().mean()}

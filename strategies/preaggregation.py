@@ -1,0 +1,66 @@
+"""What rules share that change the updates before another rule sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsim.contracts import Cohort, Metrics, Rule, State
+from fedsim.layout import Layout
+from fedsim.linalg import full_precision
+from fedsim.strategies.fedavg import FedAvg
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreAggregator:
+    """A rule on other updates, which `mix` makes. Memory, broadcast, wishes and checks are the inner rule's.
+
+    Args:
+        rule: the inner rule.
+
+    """
+
+    rule: Rule = field(default_factory=FedAvg)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "rule":  # asked for before there is a rule, e.g. by copy
+            raise AttributeError(name)
+        return getattr(self.rule, name)
+
+    def bind(self, **values: Any) -> PreAggregator:
+        """Return the same around a bound rule."""
+        inner: Any = self.rule
+        return replace(self, rule=inner.bind(**values))
+
+    def init(self, layout: Layout, num_clients: int) -> State:
+        """Return the inner rule's memory."""
+        return self.rule.init(layout, num_clients)
+
+    def mix(self, cohort: Cohort) -> tuple[Cohort, Metrics]:
+        """Return the cohort that the inner rule sees, and metrics."""
+        raise NotImplementedError
+
+    def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
+        """Return the inner rule's step (D,) on the mixed updates."""
+        mixed, own = self.mix(cohort)
+        delta, state, metrics = self.rule(mixed, state)
+        return delta, state, {**metrics, **own}
+
+
+def scaled(cohort: Cohort, factor: Tensor) -> Cohort:
+    """Return the cohort with row k times factor k (K,)."""
+    return replace(cohort, updates=cohort.rows * factor.to(cohort.rows)[:, None])
+
+
+def mixed(cohort: Cohort, matrix: Tensor) -> Tensor:
+    """Return M X (M, D) of a matrix M (M, K) and the cohort's updates X (K, D)."""
+    with full_precision(cohort.rows.device):
+        return matrix.to(cohort.rows) @ cohort.rows
+
+
+def clip_factors(norms: Tensor, bound: float | Tensor) -> Tensor:
+    """Return min(1, C / ‖x_k‖) (K,) of norms (K,) and a bound C; 1 for a zero row."""
+    return (bound / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1)
