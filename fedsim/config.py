@@ -97,9 +97,10 @@ def parse(text: str) -> Given:
 def _check_keys(given: Sequence[Given]) -> None:
     seen: dict[str, str] = {}
     for item in given:
-        if item.key in seen:
-            raise UserError(f"{item.key} is given twice: {seen[item.key]} and {item.text}")
-        seen[item.key] = item.text
+        key = "@".join(part for part in (item.key, item.parsed.package) if part)  # strategy and strategy@strategy.rule
+        if key in seen:
+            raise UserError(f"{key} is given twice: {seen[key]} and {item.text}")
+        seen[key] = item.text
         if re.match(r"hydra\b", item.key) and item.key != "hydra.run.dir":
             raise UserError(f"{item.text}: of Hydra's own settings only hydra.run.dir, the run folder, can be set")
 
