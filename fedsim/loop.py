@@ -206,7 +206,7 @@ class Loop:
             row["train_loss"] = (share.double() * losses.double()).sum()
         row |= self._traffic(cohort)
         if self.experiment.evaluation.drift and self.task.shared.size:
-            row |= self._drift(cohort)
+            row |= {**self._drift(cohort), "step_norm": torch.linalg.vector_norm(delta)}
         if self.adversary is not None:
             row |= self.adversary.figures(cohort, delta)
         return row
