@@ -29,6 +29,7 @@ EXEMPT = {
     "feddyn": dict.fromkeys(("unanimity", "translation"), "it takes its drift term off the mean"),
     "fedexp": dict.fromkeys(("homogeneity", "translation"), "its rate compares norms with each other and with epsilon"),
     "step_decay": dict.fromkeys(("unanimity", "translation"), "it shortens the mean"),
+    "fedasync": dict.fromkeys(("unanimity", "translation"), "it goes only a part of the way to the clients' models"),
     "flag": {"translation": "its subspace passes through the origin"},
     "fedld": {"translation": "its directions and norms are taken from the origin"},
 }

@@ -1,0 +1,38 @@
+r"""Stale updates count exponentially less, in front of any rule.
+
+The "weighted" baseline of Huang et al. (AAAI 2025; arXiv:2309.13536), as the authors' code has it:
+    Δ_k ← Δ_k 2^{−τ_k / h},   h = 20 rounds
+The weights stay: the mean's divisor is that of fresh updates. Around FedAvg without staleness it is FedAvg.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedsim.contracts import Cohort, Metrics
+from fedsim.strategies.preaggregation import PreAggregator, scaled
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaleWeighted(PreAggregator):
+    """A rule on updates that shrink with their staleness.
+
+    Args:
+        rule: the inner rule.
+        half_life: rounds h > 0 in which an update loses half of its length.
+
+    Raises:
+        ValueError: `half_life` not above 0.
+
+    """
+
+    half_life: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not self.half_life > 0:
+            raise ValueError(f"StaleWeighted needs half_life > 0 rounds, got {self.half_life}")
+
+    def mix(self, cohort: Cohort) -> tuple[Cohort, Metrics]:
+        """Return the cohort with shorter stale updates; the mean factor is a metric."""
+        factors = 2.0 ** (-cohort.staleness.double() / self.half_life)  # (K,)
+        return scaled(cohort, factors), {"staleness_discount": factors.mean()}

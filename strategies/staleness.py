@@ -1,0 +1,62 @@
+"""What rules share that look at how old a reply is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedsim.contracts import Cohort
+
+DISCOUNTS = ("constant", "hinge", "polynomial")
+
+
+def discount(kind: str, staleness: Tensor, a: float, b: float) -> Tensor:
+    """Return s(τ) (K,) in float64 of staleness τ (K,). Xie et al., 2019 (FedAsync).
+
+    Args:
+        kind: "constant" 1; "hinge" 1 for τ ≤ b, else 1 / (a (τ − b) + 1); "polynomial" (τ + 1)^(−a).
+        staleness: (K,) rounds ≥ 0.
+        a: > 0.
+        b: ≥ 0 rounds, of the hinge.
+
+    """
+    age = staleness.double()  # (K,)
+    if kind == "constant":
+        return torch.ones_like(age)
+    if kind == "hinge":
+        return 1 / (a * (age - b).clamp_min(0) + 1)
+    return (age + 1) ** -a
+
+
+def check_discount(kind: str, a: float, b: float) -> None:
+    """Refuse a discount that there is not, and numbers out of their range."""
+    if kind not in DISCOUNTS:
+        raise ValueError(f"discount must be one of {', '.join(DISCOUNTS)}, got {kind!r}")
+    if not a > 0:
+        raise ValueError(f"a must be > 0, got {a}; discount=constant does not look at staleness")
+    if not b >= 0:
+        raise ValueError(f"b must be >= 0 rounds, got {b}")
+
+
+def since_received(cohort: Cohort) -> Tensor:
+    """Return w − w_received (K, D): how far the model has moved since each client received it.
+
+    Raises:
+        ValueError: a version that a client received is not there.
+
+    """
+    moved = torch.zeros_like(cohort.rows)  # (K, D)
+    stale = torch.nonzero(cohort.staleness > 0).flatten().tolist()
+    if not stale:
+        return moved
+    newest = version(cohort, cohort.round - 1)  # (D,)
+    for row in stale:
+        moved[row] = newest - version(cohort, int(cohort.received[row]))
+    return moved
+
+
+def version(cohort: Cohort, number: int) -> Tensor:
+    """Return the model (D,) of a version."""
+    if number not in cohort.models:
+        raise ValueError(f"version {number} of the model is not in the cohort; it has {sorted(cohort.models)}")
+    return cohort.models[number].to(cohort.rows)
