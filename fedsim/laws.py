@@ -183,7 +183,7 @@ def _law_precision(rule: Rule, cohort: Cohort) -> None:
 
 
 def _law_streaming(rule: Rule, cohort: Cohort) -> None:
-    if not isinstance(rule, LinearRule):
+    if not isinstance(rule, LinearRule) or getattr(rule, "needs_rows", False):
         return
     streamed = replace(cohort, updates=None)
     state = rule.init(cohort.layout, len(cohort))
