@@ -86,7 +86,7 @@ def sweep(given: Sequence[str], config_dir: Path | None, board: Board) -> Path:
     if words.resume is not None:
         folder = resumable(words, config_dir)
         plan = plans.load(folder)
-        asked = read(plan.words, _path(plan.config_dir))
+        asked = read(plan.words, plans.path(plan.config_dir))
     else:
         plan = plan_of(words, given, config_dir, machine, board)
         folder, asked = plans.claim_folder(words.folder, "sweep"), words
@@ -126,7 +126,9 @@ def plan_of(words: Words, given: Sequence[str], config_dir: Path | None, machine
     devices = machine.devices(cpu=words.fixed_value("device") == "cpu")
     threads = threads_for(min(len(devices), len(points)), words)
     trials = plans.trials_of(points, words.fixed, threads)
-    return Plan(words=tuple(given), config_dir=_text(config_dir), threads=threads, trials=trials)
+    return Plan(
+        words=tuple(given), config_dir=None if config_dir is None else str(config_dir), threads=threads, trials=trials
+    )
 
 
 def check(words: Words, config_dir: Path | None, board: Board) -> list[Config]:
@@ -187,11 +189,3 @@ def going_on(folder: Path, verb: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"interrupted; go on with: fedsim {verb} {quoted('resume', str(folder))}") from error
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)

@@ -42,7 +42,7 @@ class Plan:
     @property
     def keys(self) -> list[str]:
         """The swept keys."""
-        return list(self.trials[0].values)
+        return list(self.trials[0].values) if self.trials else []
 
 
 def product(axes: Sequence[Axis]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
@@ -157,6 +157,11 @@ def claim_folder(wanted: str | None, kind: str) -> Path:
             f"choose another, or go on with fedsim {kind} resume={folder}"
         )
     return folder
+
+
+def path(text: str | None) -> Path | None:
+    """Return a saved `config_dir` as a path."""
+    return None if text is None else Path(text)
 
 
 def setting(key: str, value: str) -> str:
