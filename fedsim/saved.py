@@ -15,6 +15,11 @@ RESUMABLE = ("num_rounds", "engine.workers", "tracker")
 """What may be set anew when a run is resumed: nothing that decides its numbers but how far it goes."""
 
 
+def has_fixed_folder(config: Config) -> bool:
+    """Say whether the user named the run folder."""
+    return any(text.startswith("hydra.run.dir=") for text in config.hydra.overrides.task)
+
+
 def claim_run_dir(config: Config) -> Path:
     """Make the run folder and return it; a default name that is taken gets -2, -3, … and the config is told.
 
@@ -23,7 +28,7 @@ def claim_run_dir(config: Config) -> Path:
 
     """
     wanted = Path(config.hydra.run.dir)
-    fixed = any(text.startswith("hydra.run.dir=") for text in config.hydra.overrides.task)
+    fixed = has_fixed_folder(config)
     path, number = wanted, 1
     while True:
         try:

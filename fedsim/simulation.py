@@ -30,7 +30,7 @@ from fedsim.loop import Loop
 from fedsim.metrics.records import RoundLog, write_json
 from fedsim.metrics.skew import label_counts, skew
 from fedsim.partition.picture import draw
-from fedsim.saved import amend, claim_run_dir, load
+from fedsim.saved import amend, claim_run_dir, has_fixed_folder, load
 from fedsim.trackers import tracked
 
 GROUPS = ("data", "partition", "model", "client", "training", "strategy", "sampler", "metrics", "attack", "compressor",
@@ -92,7 +92,7 @@ def _override(value: Any) -> str:
 def run(config: Config, observer: Observer, parts: Mapping[str, Any] | None = None) -> Result:
     """Run a composed config in its run folder, which must not hold a run already."""
     folder = Path(config.hydra.run.dir)
-    if (folder / "plan.json").exists():
+    if has_fixed_folder(config) and (folder / "plan.json").exists():
         raise UserError(f"{folder} holds a run already; go on with `fedsim run resume={folder}` or choose another")
     started = time.perf_counter()
     if parts:
