@@ -72,9 +72,10 @@ def mean_of(weights: Tensor, updates: Tensor) -> Tensor:
     return combine(proportions(weights), updates)
 
 
-def proportions(weights: Tensor) -> Tensor:
-    """Return weights / Σ weights (K,) in float64."""
-    return weights.double() / weights.double().sum()
+def proportions(weights: Tensor, least: float = 0.0) -> Tensor:
+    """Return weights / Σ weights (K,) in float64, none below `least` before a last normalisation."""
+    share = weights.double() / weights.double().sum()  # (K,)
+    return share if least == 0 else share.clamp_min(least) / share.clamp_min(least).sum()
 
 
 def square_distances(updates: Tensor) -> Tensor:

@@ -2,7 +2,7 @@ r"""EF21's client half: send the compressed change of an estimate that server an
 
 EF21: Richtárik, Sokolov & Fatkhullin, NeurIPS 2021, Algorithm 2. https://arxiv.org/abs/2106.05203
 EF21-W: Richtárik, Gasanov & Burlachenko, ICLR 2024, Algorithm 2. https://arxiv.org/abs/2402.10774
-    sent: u_k = C(Δ_k / (n w_k) − g_k),   g_k ← g_k + u_k,   w_k = L_k / \sum_j L_j   (EF21: w_k = 1/n)
+    sent: u_k = C(Δ_k / (n w_k) − g_k),   g_k ← g_k + u_k,   w_k = L_k / \sum_j L_j   (EF21: 1/n)
 The server half is strategy=ef21. Δ_k stands for −lr ∇f_k(x), which it is where a round is one full-batch step; with
 more local work it is a pseudo-gradient and the theory is silent. A client that does not take part keeps its g_k.
 """
@@ -18,6 +18,7 @@ from fedsim.compress.contract import Compressor, Senders
 from fedsim.compress.error_feedback import need_contraction
 from fedsim.contracts import State
 from fedsim.layout import Layout
+from fedsim.linalg import proportions
 
 ESTIMATE = "estimate"
 LEAST_WEIGHT = 1e-6  # of w_k: far flatter clients would be scaled beyond what float32 holds
@@ -29,19 +30,23 @@ class EF21:
 
     Args:
         compressor: C, a contraction without memory of its own.
-        smoothness: L_k > 0 of each client by id, for EF21-W; None: EF21. As the strategy's.
+        smoothness: L_k > 0 of each client by id; None: unknown. As the strategy's.
+        weighted: whether this is EF21-W, which needs them. As the strategy's.
 
     Raises:
-        ValueError: a smoothness not above 0.
+        ValueError: a smoothness not above 0, or EF21-W without any.
 
     """
 
     compressor: Compressor
     smoothness: tuple[float, ...] | None = None
+    weighted: bool = False
 
     def __post_init__(self) -> None:
         if self.smoothness is not None and not all(0 < value < float("inf") for value in self.smoothness):
             raise ValueError(f"smoothness must be > 0 and finite for every client, got {self.smoothness}")
+        if self.weighted and self.smoothness is None:
+            raise ValueError("weighted needs the clients' smoothness; weighted=false is EF21")
 
     def init_client(self, layout: Layout) -> dict[str, Tensor]:
         """Return g = 0 (D,).
@@ -61,18 +66,13 @@ class EF21:
 
     def _scale(self, senders: Senders) -> Tensor:
         """Return 1 / (n w_k), (K,) float64."""
-        if self.smoothness is None:
+        if self.smoothness is None or not self.weighted:
             return torch.ones(len(senders.clients), dtype=torch.float64, device=senders.clients.device)
-        weights = proportional(self.smoothness).to(senders.clients.device)  # (n,)
+        weights = proportions(
+            torch.tensor(self.smoothness, dtype=torch.float64, device=senders.clients.device), LEAST_WEIGHT
+        )  # (n,)
         return 1 / (senders.num_clients * weights[senders.clients])
 
     def num_bytes(self, size: int, itemsize: int) -> int:
         """Return the compressor's."""
         return self.compressor.num_bytes(size, itemsize)
-
-
-def proportional(smoothness: tuple[float, ...]) -> Tensor:
-    """Return w (n,) float64 in proportion to L (n,), at least 10⁻⁶ before they are normalised."""
-    share = torch.tensor(smoothness, dtype=torch.float64)
-    share = (share / share.sum()).clamp_min(LEAST_WEIGHT)
-    return share / share.sum()
