@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.console import Row
+from fedsim.errors import UserError
 from fedsim.trackers import Tracker, flat_config, measured, need
 
 _FOLDER = "fedsim.folder"  # tag by which a resumed run finds its entry again
@@ -23,7 +24,7 @@ class MLflow(Tracker):
         experiment: name of the experiment, made if there is none.
 
     Raises:
-        UserError: the package mlflow is not installed.
+        UserError: the package mlflow is not installed, or refuses the store.
 
     """
 
@@ -31,9 +32,14 @@ class MLflow(Tracker):
         try:
             from mlflow import MlflowClient
             from mlflow.entities import Metric, Param
+            from mlflow.exceptions import MlflowException
         except ImportError as error:
             raise need("mlflow", "mlflow", "mlflow") from error
-        self._client, self._metric, self._param = MlflowClient(tracking_uri=uri), Metric, Param
+        try:
+            self._client: Any = MlflowClient(tracking_uri=uri)
+        except MlflowException as error:
+            raise UserError(f"tracker.uri={uri} is refused by MLflow: {error}") from error
+        self._metric, self._param = Metric, Param
         self._experiment, self._run = experiment, ""
 
     def open(self, folder: Path, config: Mapping[str, Any]) -> None:
