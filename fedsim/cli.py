@@ -218,6 +218,13 @@ def _act_sweep(given: Arguments) -> None:
         drive.sweep(given.words, given.config_dir, shown)
 
 
+def _act_tune(given: Arguments) -> None:
+    from fedsim.sweep import board, tune
+
+    with board.open_board() as shown:
+        tune.tune(given.words, given.config_dir, shown)
+
+
 def _act_partition(given: Arguments) -> None:
     from fedsim import config, console
 
@@ -314,6 +321,22 @@ VERBS = {
         """,
         "name=value,value",
         _act_sweep,
+    ),
+    "tune": Verb(
+        "Tune methods fairly, then report each at its best",
+        """
+        Each value of `strategy` (tune.each=strategy,partition.alpha: each combination) is tried at the same points of
+        the other swept settings, with seeds of its own (tune.seeds, default 1000), and takes the point with the best
+        tune.metric=validation_accuracy|validation_loss. Then it runs there with the seeds of `seed=`.
+        tune.search=grid tries all combinations; random draws tune.trials=20, also from intervals.
+
+        examples:
+          fedsim tune strategy=fedavg,fedld client.lr=0.03,0.1,0.3 seed='range(5)'
+          fedsim tune strategy=fedavg,fedadam 'client.lr=tag(log,interval(0.01,1))' tune.trials=10 tune.seeds=7,8
+          fedsim tune resume=runs/tuned
+        """,
+        "name=value,value",
+        _act_tune,
     ),
     "partition": Verb(
         "Draw a partition, measure its skew and draw its picture, without training",
