@@ -68,4 +68,5 @@ class RandomDirection(Wrapper):
         if self.oriented:
             v = torch.where(v @ (mean / size) < 0, -v, v)
         norm = torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)  # ()
-        return v / norm * torch.linalg.vector_norm(wanted)  # (d,)
+        scaled: Tensor = v / norm * torch.linalg.vector_norm(wanted)  # (d,)
+        return scaled
