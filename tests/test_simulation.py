@@ -158,6 +158,15 @@ def test_fedavg_on_quadratics_goes_to_the_weighted_mean(run):
     np.testing.assert_allclose(result.model.w.detach().numpy(), expected, rtol=1e-12)
 
 
+def test_the_local_rate_decays_by_round(run):
+    training = LocalTraining(lr=0.4, lr_decay=0.5, lr_decay_every=2, batch_size=None, local_steps=1)
+    result = quadratic(run, training=training, fraction=1.0, num_rounds=5)
+    target = np.average(means(), axis=0, weights=SIZES)
+    expected = target + 0.6 * 0.6 * 0.8 * 0.8 * 0.9 * (np.array([3.0, -2.0]) - target)
+    np.testing.assert_allclose(weights(result)["w"].numpy(), expected, rtol=1e-12)
+    assert [row["lr"] for row in result.rounds] == [0.4, 0.4, 0.2, 0.2, 0.1]
+
+
 def test_sampled_cohorts_move_the_model_by_their_own_mean(run):
     training = LocalTraining(lr=0.1, batch_size=None, local_steps=2)
     result = quadratic(run, "strategy.server_lr=0.5", training=training, fraction=0.5, num_rounds=6)
@@ -409,14 +418,22 @@ def assert_ran(result, rounds=1):
     assert result.summary["status"] == "done"
 
 
+# What methods need of a model; for all others the smallest.
+MODELS = {"fedbn": "mlp_bn", "fedrep": "mlp"}
+YOKED = {"fedld_yoked": "fedld"}  # what reads a finished run, and a strategy of such a run
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_runs(run, strategy):
     # 12 clients a round: what Bulyan's K ≥ 4f + 3 and the trimmed ones need with their defaults.
-    result = run(
-        "data=blobs", "data.num_samples=240", "partition=iid", "partition.num_clients=12", "model=logreg",
-        f"strategy={strategy}", "fraction=1", "client.lr=0.05", "num_rounds=1",
-    )  # fmt: skip
-    assert_ran(result)
+    settings = [
+        "data=blobs", "data.num_samples=240", "partition=iid", "partition.num_clients=12", "fraction=1",
+        f"model={MODELS.get(strategy, 'logreg')}", "client.lr=0.05", "num_rounds=1",
+    ]  # fmt: skip
+    if strategy in YOKED:
+        first = run(*settings, f"strategy={YOKED[strategy]}")
+        settings.append(f"strategy.run={first.folder}")
+    assert_ran(run(*settings, f"strategy={strategy}"))
 
 
 IMAGES = ("data=blobs", "data.shape=[1,12,12]", "data.num_samples=120", *NATURAL)
@@ -433,6 +450,9 @@ def test_every_choice_runs(run, group, choice):
             settings.append("partition.imbalance_factor=0.5")
     elif group != "partition":
         settings.append("partition.num_clients=6")
+    if group == "client" and choice in STRATEGIES:
+        # An objective that reads what its own rule sends.
+        settings += [f"strategy={choice}", f"model={MODELS.get(choice, 'logreg')}"]
     if choice == "sequential":
         settings.append("engine.channels_last=false")
     assert_ran(run(*settings))
@@ -515,8 +535,8 @@ class Poisoned(CrossEntropy):
 
     def loss(self, model, params, batch, context):
         value = self.criterion(model(params, batch.x), batch.y, torch.full((len(batch.y),), 1 / len(batch.y)))
-        bad = context.num_samples in self.sizes and context.client_state["visits"] >= self.visits
-        return value * (float("nan") if bad else 1.0), {}
+        bad = sum(torch.as_tensor(context.num_samples == n) for n in (-1, *self.sizes)) > 0
+        return value * torch.where(bad & (context.client_state["visits"] >= self.visits), torch.nan, 1.0), {}
 
     def finish(self, params, context):
         return {"visits": context.client_state["visits"] + 1}, {}, None
@@ -565,6 +585,9 @@ def test_a_round_of_bad_updates_stops_the_run_and_keeps_the_last_good_model(run,
     assert len((folder / "rounds.jsonl").read_text().splitlines()) == 2
 
 
+SEQUENTIAL = "engine=sequential"  # the objective below branches on a value, which a batched program cannot
+
+
 @dataclass(frozen=True)
 class Raising(CrossEntropy):
     def loss(self, model, params, batch, context):
@@ -575,7 +598,7 @@ class Raising(CrossEntropy):
 
 def test_an_error_in_an_objective_names_client_and_round(run, tmp_path):
     with pytest.raises(RuntimeError, match="client 1 failed in round 1: KeyError: 'missing'") as caught:
-        run(*UNEVEN, data=uneven(), client=Raising(), num_rounds=1, folder=tmp_path / "x")
+        run(*UNEVEN, SEQUENTIAL, data=uneven(), client=Raising(), num_rounds=1, folder=tmp_path / "x")
     chain, error = [], caught.value
     while error is not None:
         chain.append(type(error))
@@ -587,7 +610,7 @@ def test_an_error_in_an_objective_names_client_and_round(run, tmp_path):
 def test_failing_clients_may_be_left_out(run):
     heard = Recorder()
     result = run(
-        *UNEVEN, data=uneven(), client=Raising(), on_client_error="drop", observer=heard, num_rounds=2
+        *UNEVEN, SEQUENTIAL, data=uneven(), client=Raising(), on_client_error="drop", observer=heard, num_rounds=2
     )  # fmt: skip
     assert cohorts(result) == {1: [0, 2], 2: [0, 2]}
     assert [row["num_dropped"] for row in result.rounds] == [1, 1]
