@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedsim.report import tables
-from fedsim.report.groups import differing, value_of, written
+from fedsim.report.groups import differing, rank, value_of, written
 from fedsim.report.maps import by_client
 from fedsim.report.runs import Run, is_seed, read
 from fedsim.report.statistics import LEVEL, Paired, holm, mean_of, paired
@@ -89,7 +89,8 @@ def _seed_keys(runs: Sequence[Run]) -> list[str]:
 
 
 def _values(runs: Sequence[Run], key: str) -> str:
-    found = dict.fromkeys(written(value_of(run, key)) for run in runs if _has(run, key))
+    values = sorted((value_of(run, key) for run in runs if _has(run, key)), key=rank)
+    found = dict.fromkeys(map(written, values))
     return ", ".join(found) or "–"
 
 

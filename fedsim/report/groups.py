@@ -59,7 +59,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
     keys = dict.fromkeys(key for run in runs for key in run.config if not _ignored(key) and not is_seed(key))
     choices = dict.fromkeys(name for run in runs for name in run.choices if not _ignored(name))
     names = [*choices, *keys]
-    return [name for name in names if len({_rank(value_of(run, name)) for run in runs}) > 1]
+    return [name for name in names if len({rank(value_of(run, name)) for run in runs}) > 1]
 
 
 def _ignored(key: str) -> bool:
@@ -98,12 +98,12 @@ def group(runs: Sequence[Run]) -> Table:
     for run in runs:
         found.setdefault((names[0](run) or run.choices.get("strategy", "run"), names[1](run)), []).append(run)
     # Sorted by the values themselves, so that alpha=1 stands after 0.1 and before 10.
-    order = sorted(found, key=lambda pair: [_rank(value_of(found[pair][0], name)) for part in chosen for name in part])
+    order = sorted(found, key=lambda pair: [rank(value_of(found[pair][0], name)) for part in chosen for name in part])
     groups = {
-        pair: Group(*pair, tuple(sorted(found[pair], key=lambda run: [_rank(seed) for seed in run.seeds])))
+        pair: Group(*pair, tuple(sorted(found[pair], key=lambda run: [rank(seed) for seed in run.seeds])))
         for pair in order
     }
-    columns = sorted(groups, key=lambda pair: [_rank(value_of(groups[pair].runs[0], name)) for name in chosen[1]])
+    columns = sorted(groups, key=lambda pair: [rank(value_of(groups[pair].runs[0], name)) for name in chosen[1]])
     return Table(tuple(dict.fromkeys(m for m, _ in order)), tuple(dict.fromkeys(s for _, s in columns)), groups)
 
 
@@ -124,7 +124,7 @@ def _telling(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
     chosen: list[str] = []
     classes = 1
     for key in keys:
-        split = len({tuple(_rank(value_of(run, name)) for name in (*chosen, key)) for run in runs})
+        split = len({tuple(rank(value_of(run, name)) for name in (*chosen, key)) for run in runs})
         if split > classes:
             chosen, classes = [*chosen, key], split
     return chosen
@@ -149,6 +149,7 @@ def _namer(runs: Sequence[Run], keys: Sequence[str]) -> Callable[[Run], str]:
     return name
 
 
-def _rank(value: Any) -> tuple[int, float, str]:
+def rank(value: Any) -> tuple[int, float, str]:
+    """Return what sorts values of any kind: numbers by value, then the rest by name; 1 and 1.0 are equal."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return (0, float(value), "") if number else (1, 0.0, str(value))

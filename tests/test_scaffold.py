@@ -1,0 +1,91 @@
+"""`fedsim new`: the package builds, its own tests pass, and its choice runs, inside any repository."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fedsim import cli
+from fedsim.errors import UserError
+from fedsim.scaffold import KINDS, new
+
+BUILD = "import sys, setuptools.build_meta as b; b.build_wheel(sys.argv[1])"
+
+
+def python(*words: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if path is None else {"PYTHONPATH": str(path)})
+    return subprocess.run([sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
+
+
+def install(folder: Path, site: Path) -> None:
+    """Build the wheel as pip does, and unpack it."""
+    pytest.importorskip("setuptools", reason="needs setuptools to build a wheel")
+    done = python("-c", BUILD, str(site.parent), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = site.parent.glob(f"{folder.name.replace('-', '_')}*.whl")
+    zipfile.ZipFile(wheel).extractall(site)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_package_builds_passes_its_tests_and_runs(kind, tmp_path):
+    repository = tmp_path / "repository"
+    for name in ("strategies", "clients", "configs"):  # a user's own, which must not get in the way
+        (repository / name).mkdir(parents=True)
+        (repository / name / "__init__.py").write_text("raise ImportError('a user's own folder was imported')")
+    made = new(kind, "my_own", repository)
+    assert made.choice == f"{kind}=my_own"
+    site = tmp_path / "site"
+    install(made.folder, site)
+    tests = python("-m", "pytest", made.folder.name, "-q", "-p", "no:cacheprovider", cwd=repository, path=site)
+    assert tests.returncode == 0, tests.stdout + tests.stderr
+    assert "passed" in tests.stdout
+    if kind != "strategy":  # its tests have a run; one command is enough
+        return
+    run = python("-m", "fedsim", "run", made.choice, "num_rounds=1", "hydra.run.dir=run", cwd=repository, path=site)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert (repository / "run" / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_left_to_fill_in_and_the_code_is_clean(kind, tmp_path):
+    made = new(kind, "my_own", tmp_path)
+    for file in made.files:
+        text = (made.folder / file).read_text()
+        for placeholder in ("<name>", "<class>", "<package>", "<kind>", "<project>", "<version>"):
+            assert placeholder not in text + file
+        if file.endswith(".py"):
+            compile(text, file, "exec")
+        assert max(map(len, text.splitlines())) <= 120
+    assert "class MyOwn:" in (made.folder / "src" / "fedsim_my_own" / "my_own.py").read_text()
+
+
+def test_the_command_says_what_to_do_next(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["new", "strategy", "geo"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == ["pip install -e fedsim-geo", "fedsim run strategy=geo", "pytest fedsim-geo"]
+    assert all(Path(line).is_file() for line in lines[:-4])
+    assert cli.main(["new", "strategy", "geo"]) == 2
+    assert capsys.readouterr().err == "fedsim: fedsim-geo exists already\n"
+    assert cli.main(["new", "strategy"]) == 2
+    assert "takes a kind (strategy, client, partition) and a name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("strategi", "x", "no such kind; did you mean 'strategy'"),
+        ("strategy", "fedavg", "strategy=fedavg exists already"),
+        ("strategy", "My-Rule", "small letters, digits and _ only, for example my_rule"),
+        ("strategy", "../x", "for example x"),
+        ("client", "class", "cannot be a choice's name"),
+        ("client", "", "for example mine"),
+    ],
+)
+def test_what_cannot_be_made_leaves_nothing(kind, name, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        new(kind, name, tmp_path)
+    assert not list(tmp_path.iterdir())
