@@ -24,7 +24,7 @@ SMALL = ("model=logreg", "partition.num_clients=4", "threads=1")
 FILES = ("rounds.jsonl", "clients.parquet", "model.safetensors", "partition.npz", "partition.png", "plan.json")
 
 BOOM = """
-import os
+import os, time
 from pathlib import Path
 from fedsim.contracts import LinearRule
 
@@ -32,6 +32,8 @@ class Boom(LinearRule):
     def __init__(self, what="no"):
         self.what = what
     def finish(self, mean, sums, state):
+        if self.what == "slow" and not Path("mended").exists():
+            time.sleep(0.05)
         if sums.cohort.round == 3 and not Path("mended").exists():
             if self.what == "raise":
                 raise ArithmeticError("it is not a good day")
@@ -153,7 +155,7 @@ def test_wrong_input_is_found_before_any_trial(words, part, here):
 def test_a_trial_tells_its_rounds_now_and_then_and_every_warning(monkeypatch, capsys):
     from fedsim.sweep import worker
 
-    clock = iter([0.0, 0.0, 0.1, 0.1, 0.25, 0.25])  # the log looks at it too
+    clock = iter([0.0, 0.0, 0.0, 0.1, 0.1, 0.25, 0.25])  # the log looks at it too
     monkeypatch.setattr(worker.time, "monotonic", lambda: next(clock, 0.3))
     told, log = [], io.StringIO()
     reporter = worker.Reporter(log, lambda kind, content: told.append((kind, content)))
@@ -162,7 +164,8 @@ def test_a_trial_tells_its_rounds_now_and_then_and_every_warning(monkeypatch, ca
         reporter.round({"round": number, "accuracy": 0.5, "loss": 1.0, "drift": 2.0})
     reporter.warn("client 3 is not finite")
     assert told[0] == ("start", {"total": 9, "done": 4})
-    assert told[1] == ("round", {"round": 5, "accuracy": 0.5, "loss": 1.0})
+    missing = {"validation_accuracy": None, "validation_loss": None}
+    assert told[1] == ("round", {"round": 5, "accuracy": 0.5, "loss": 1.0, **missing})
     assert [content.get("round") for kind, content in told if kind == "round"] == [5, 7]
     assert told[-1] == ("warn", {"line": "client 3 is not finite"})
     assert log.getvalue().count("round ") == 3
@@ -194,7 +197,8 @@ def until(holds, seconds=30.0):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
 def test_no_worker_outlives_a_killed_sweep_and_its_bytes_are_as_never_killed(here):
-    words = [*SMALL, "seed=0,1", "num_rounds=300", "checkpoint.every=10", "sweep.workers=2"]
+    words = [*SMALL, "strategy=boom", "strategy.what=slow", "seed=0,1", "num_rounds=40", "checkpoint.every=4",
+             "metrics.every=40", "metrics.clients_every=40", "sweep.workers=2"]  # fmt: skip
     folder = here / "s"
     command = [sys.executable, "-m", "fedsim", "sweep"]
 
@@ -204,7 +208,7 @@ def test_no_worker_outlives_a_killed_sweep_and_its_bytes_are_as_never_killed(her
         )
 
     for how, given in (
-        (signal.SIGINT, [*words, "hydra.sweep.dir=s"]),
+        (signal.SIGINT, [*words, "hydra.sweep.dir=s", "--config-dir", "my"]),
         (signal.SIGKILL, ["resume=s", "sweep.workers=2"]),
     ):
         process = subprocess.Popen([*command, *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -217,8 +221,9 @@ def test_no_worker_outlives_a_killed_sweep_and_its_bytes_are_as_never_killed(her
             assert process.returncode == 130
             assert err == "fedsim: interrupted; go on with: fedsim sweep resume=s\n"
             assert [row["state"] for row in table(folder)] == ["missing"] * 2
+    (here / "mended").touch()  # from here on it does not dawdle
     sweep(["resume=s"], None, Ear())
-    whole = sweep([*words, "hydra.sweep.dir=whole"], None, Ear())
+    whole = sweep([*words, "hydra.sweep.dir=whole"], Path("my"), Ear())
     for row in table(whole):
         assert same_files(folder / row["trial"], whole / row["trial"]) == []
 

@@ -29,7 +29,7 @@ class Running:
     total: int | None = None
     first: int = 0  # rounds that were done when it began
     round: int = 0
-    accuracy: float | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
 
     @property
     def left(self) -> str:
@@ -45,6 +45,8 @@ class Board:
 
     Both subclasses only add how it is said.
     """
+
+    figures: tuple[str, str] = ("accuracy", "loss")  # of a trial; tuning shows those that it chooses by
 
     def __init__(self) -> None:
         self.total = self.done = self.failed = self.before = 0
@@ -68,7 +70,7 @@ class Board:
         if event.kind == "start":
             running.total, running.first = event.content["total"], event.content["done"]
         elif event.kind == "round":
-            running.round, running.accuracy = event.content["round"], event.content["accuracy"]
+            running.round, running.figures = event.content["round"], dict(event.content)
         elif event.kind == "warn":
             self.warn(f"{event.name}: {event.content['line']}")
 
@@ -89,6 +91,16 @@ class Board:
 
     def warn(self, line: str) -> None:
         """Hear something that may be wrong."""
+
+    def outcome(self, row: Row, seconds: float | None) -> tuple[str, ...]:
+        """Return what came of a trial, in words: two figures and its time, or why it failed."""
+        if row["state"] == "failed":
+            return (f"failed: {row['error']}",)
+        known = ((name, row[name]) for name in self.figures if row.get(name) is not None)
+        words = (
+            f"{label(name)} {f'{value:.4f}' if name.endswith('loss') else show(name, value)}" for name, value in known
+        )
+        return (*words, duration(seconds or 0.0))
 
     @property
     def left(self) -> str:
@@ -121,7 +133,7 @@ class Lines(Board):
         """Write what came of a trial."""
         super().ended(row, seconds)
         number = f"[{self.done + self.failed:>{len(str(self.total))}}/{self.total}]"
-        self._write("  ".join(part for part in (number, row["trial"], *outcome(row, seconds), self.left) if part))
+        self._write("  ".join(part for part in (number, row["trial"], *self.outcome(row, seconds), self.left) if part))
 
     def finish(self, means: Sequence[Row], keys: Sequence[str]) -> None:
         """Write the results as columns."""
@@ -177,10 +189,13 @@ class LiveTable(Board):
     def ended(self, row: Row, seconds: float | None) -> None:
         """Move the trial to those that ended; a failure stays above the table."""
         super().ended(row, seconds)
-        what = outcome(row, seconds)
+        what = self.outcome(row, seconds)
         if row["state"] == "failed":
             self._console.print(f"{row['trial']}  {what[0]}", style="bold red", markup=False, emoji=False)
-        self._ended.append((row["trial"], row["state"], "", *what[-3:]))
+        known = row.get(self.figures[0])
+        self._ended.append(
+            (row["trial"], row["state"], "" if known is None else show(self.figures[0], known), what[-1])
+        )
 
     def end(self) -> None:
         """Take the table away; what ended is in the results."""
@@ -215,14 +230,15 @@ class LiveTable(Board):
         from rich.text import Text
 
         table = Table(box=None, pad_edge=False)
-        for name in ("trial", "state", "round", "accuracy", "time"):
+        for name in ("trial", "state", "round", label(self.figures[0]), "time"):
             table.add_column(name, overflow="ellipsis", no_wrap=True)
-        for name, state, *_, accuracy, seconds in self._ended:
-            table.add_row(*map(Text, (name, state, "", accuracy, seconds)), style="dim")
+        for name, state, figure, last in self._ended:
+            table.add_row(*map(Text, (name, state, "", figure, last)), style="dim")
+        first = self.figures[0]
         for name, running in list(self.running.items()):
             rounds = f"{running.round}/{running.total}" if running.total else ""
             left = f"{running.left} left" if running.left else ""
-            table.add_row(*map(Text, (name, "running", rounds, show("accuracy", running.accuracy), left)))
+            table.add_row(*map(Text, (name, "running", rounds, show(first, running.figures.get(first)), left)))
         counts = f"{self.done}/{self.total} done"
         table.caption = "  ".join(filter(None, (counts, f"{self.failed} failed" if self.failed else "", self.left)))
         table.caption_justify = "left"
@@ -240,15 +256,6 @@ def opening(total: int, done: int, at_once: int) -> str:
     """Say what is about to run."""
     already = f", {done} done already" if done else ""
     return f"{total} trials{already}, {at_once} at a time"
-
-
-def outcome(row: Row, seconds: float | None) -> tuple[str, ...]:
-    """Return what came of a trial, in words: accuracy, loss and its time, or why it failed."""
-    if row["state"] == "failed":
-        return (f"failed: {row['error']}",)
-    known = [f"accuracy {show('accuracy', row['accuracy'])}"] if row.get("accuracy") is not None else []
-    known += [f"loss {row['loss']:.4f}"] if row.get("loss") is not None else []
-    return (*known, duration(seconds or 0.0))
 
 
 def results(means: Sequence[Row]) -> list[tuple[str, ...]]:

@@ -77,7 +77,9 @@ def tune(given: Sequence[str], config_dir: Path | None, board: Board) -> Path:
         chosen = _chosen(folder)
         if chosen is None:
             board.note(budget(task))
+            shown, board.figures = board.figures, ("validation_accuracy", "validation_loss")
             chosen = choose(task, execute(searching, folder / "search", pool, board))
+            board.figures = shown
             _write(folder, task, chosen)
         reporting = _report_plan(task, words, searching, chosen)
         plans.save(reporting, _made(folder / "report"))

@@ -41,6 +41,7 @@ for _name in (
         import_module(_name)
 
 LOG = "log.txt"
+_TOLD = ("round", "accuracy", "loss", "validation_accuracy", "validation_loss")
 _PATIENCE = 10.0  # seconds for which a killed sweep's worker may still hold a folder
 
 
@@ -62,7 +63,7 @@ class Reporter(Plain):
         now = time.monotonic()
         if now - self._told >= self._pause:
             self._told = now
-            self._tell("round", {name: row.get(name) for name in ("round", "accuracy", "loss")})
+            self._tell("round", {name: row.get(name) for name in _TOLD})
 
     def warn(self, line: str) -> None:
         """Tell the warning; it stands in the log too."""
