@@ -286,7 +286,8 @@ def _act_new(given: Arguments) -> None:
         raise UserError(
             f"fedsim new takes a kind ({', '.join(KINDS)}) and a name, for example fedsim new strategy mine"
         )
-    made = new(*given.words, Path())
+    kind, name = given.words
+    made = new(kind, name, Path())
     print("\n".join(str(made.folder / file) for file in made.files))
     print(f"\npip install -e {made.folder}\nfedsim run {made.choice}\npytest {made.folder}")
 

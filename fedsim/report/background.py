@@ -13,6 +13,7 @@ from fedsim.report.groups import Group, Table, differing, value_of, written
 from fedsim.report.page import html_table, paragraph, section
 from fedsim.report.runs import Run
 from fedsim.report.sections import against_rounds
+from fedsim.report.statistics import mean_of
 
 # Columns that another section shows, or that are the run's own; what is left a strategy or a plug-in recorded.
 _STANDARD = (
@@ -46,7 +47,7 @@ def figures_table(table: Table) -> str:
     rows = [["figure", *(escape(group.name) for group in table.all)]]
     for name in names:
         cells = [[run.results[name] for run in group.runs if name in run.results] for group in table.all]
-        texts = [tables.plus_minus(name, tables.mean_of(values)) if values else "–" for values in cells]
+        texts = [tables.plus_minus(name, mean_of(values)) if values else "–" for values in cells]
         rows.append([escape(tables.heading(name)), *texts])
     text = "Every figure of the summaries: mean ± half of the 95 % interval over seeds. docs/metrics.md defines them."
     inside = f"<details><summary>All {len(names)} figures</summary>{html_table(rows)}</details>"

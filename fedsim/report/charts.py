@@ -82,17 +82,15 @@ def line_chart(
     parts.append(_text("label", (_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 5, x_label + scale))
     for line in sorted(lines, key=lambda line: -line.style):  # the first ones on top
         style = f"s{line.style}" if line.style < NUM_STYLES else "more"
-        x = across(line.x)
-        y, under, over = (upward(np.asarray(down(v))) for v in (line.y, line.low, line.high))
+        xs = across(line.x)
+        ys, under, over = (upward(np.asarray(down(v))) for v in (line.y, line.low, line.high))
         if line.style < NUM_STYLES and not np.array_equal(under, over):
-            band = _path(np.concatenate([x, x[::-1]]), np.concatenate([under, over[::-1]]))
+            band = _path(np.concatenate([xs, xs[::-1]]), np.concatenate([under, over[::-1]]))
             parts.append(f'<path class="band {style}" d="{band}Z"/>')
-        last = write(float(line.y[-1]))
-        parts.append(
-            f'<path class="line {style}" d="{_path(x, y)}"><title>{escape(line.label)}: {escape(last)}</title></path>'
-        )
-        if x.size == 1:
-            parts.append(f'<circle class="dot {style}" cx="{x[0]:.1f}" cy="{y[0]:.1f}" r="3"/>')
+        last = escape(f"{line.label}: {write(float(line.y[-1]))}")
+        parts.append(f'<path class="line {style}" d="{_path(xs, ys)}"><title>{last}</title></path>')
+        if xs.size == 1:
+            parts.append(f'<circle class="dot {style}" cx="{xs[0]:.1f}" cy="{ys[0]:.1f}" r="3"/>')
     return "".join([*parts, "</svg>"])
 
 

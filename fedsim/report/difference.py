@@ -111,8 +111,8 @@ def _results(left: Sequence[Run], right: Sequence[Run], pairs: Sequence[tuple[Ru
             continue
         both = [(p.results[name], q.results[name]) for p, q in pairs if name in p.results and name in q.results]
         test = paired([q for _, q in both], [p for p, _ in both])
-        shown = [tables.plus_minus(name, mean_of(values)) if values else "–" for values in (x, y)]
-        rows.append(Row(tables.heading(name), *shown, test, _difference(name, both, test)))
+        left_text, right_text = (tables.plus_minus(name, mean_of(v)) if v else "–" for v in (x, y))
+        rows.append(Row(tables.heading(name), left_text, right_text, test, _difference(name, both, test)))
     return rows, equal
 
 
@@ -138,8 +138,8 @@ def _by_clients(a: Run, b: Run) -> list[Row]:
     test = paired(y.last, x.last)
     if test is None or np.array_equal(x.last, y.last):
         return []
-    shown = [tables.number("accuracy", float(part.last.mean())) for part in (x, y)]
-    return [Row(_CLIENT_FIGURE, *shown, test, _difference("accuracy", [], test))]
+    left, right = (tables.number("accuracy", float(part.last.mean())) for part in (x, y))
+    return [Row(_CLIENT_FIGURE, left, right, test, _difference("accuracy", [], test))]
 
 
 def _same_partition(a: Run, b: Run) -> bool:

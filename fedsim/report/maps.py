@@ -177,7 +177,7 @@ def _seed_text(run: Run) -> str:
 
 def recorded_of_clients(table: Table) -> str:
     """Return what strategies record of each client beside fedsim's own columns: quality scores, local rates."""
-    drawn = []
+    drawn: list[str] = []
     for group in table.all:
         for column in _own_columns(group.runs[0]):
             found = by_client(group.runs[0], column)

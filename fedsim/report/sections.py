@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 
@@ -69,23 +69,23 @@ def legend(table: Table) -> str:
 
 def against_rounds(table: Table, name: str, title: str, text: str, columns: Sequence[str]) -> str:
     """Return curves of some columns over rounds, a panel a column and setting."""
-    drawn = [
-        panels
-        for column in columns
-        if (panels := _panels(table, column, lambda group, column=column: _line(table, group, column), "round"))
-    ]
+    drawn = []
+    for column in columns:
+        lines = {group.name: line for group in table.all if (line := _line(table, group, column)) is not None}
+        if lines:
+            drawn.append(_panels(table, column, lines, "round"))
     return section(name, title, paragraph(text), *_laid_out(drawn)) if drawn else ""
 
 
-def _panels(table: Table, column: str, line_of: Callable[[Group], Line | None], x_label: str) -> list[str]:
-    """Return a panel for each setting, all with one scale."""
-    lines = {s: [line for g in table.in_setting(s) if (line := line_of(g)) is not None] for s in table.settings}
-    lines = {setting: found for setting, found in lines.items() if found}
-    span = span_of([line for found in lines.values() for line in found]) if lines else None
-    return [
-        line_chart(_title(column, setting), found, x_label, span=span, show=_writer(column))
-        for setting, found in lines.items()
-    ]
+def _panels(table: Table, column: str, lines: Mapping[str, Line], x_label: str) -> list[str]:
+    """Return a panel for each setting, all with one scale; lines are by the names of their groups."""
+    span = span_of(list(lines.values()))
+    drawn = []
+    for setting in table.settings:
+        inside = [lines[group.name] for group in table.in_setting(setting) if group.name in lines]
+        if inside:
+            drawn.append(line_chart(_title(column, setting), inside, x_label, span=span, show=_writer(column)))
+    return drawn
 
 
 def _laid_out(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -128,8 +128,7 @@ def costs(table: Table) -> str:
         found = {g.name: line for g in table.all if g.name in has and (line := _line(table, g, column, along))}
         if found:
             scaled, label = _in_unit(list(found.values()), units)
-            named = dict(zip(found, scaled, strict=True))
-            drawn.append(_panels(table, column, lambda group, named=named: named.get(group.name), label))
+            drawn.append(_panels(table, column, dict(zip(found, scaled, strict=True)), label))
     text = "What it costs: bytes of models and updates over the network, and time where devices are simulated."
     return section("costs", "Against communication and time", paragraph(text), *_laid_out(drawn)) if drawn else ""
 

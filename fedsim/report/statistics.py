@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
+
+Float = npt.NDArray[np.float64]
 
 LEVEL = 0.95  # of intervals; a difference counts where its adjusted p is at most 1 − LEVEL
 
@@ -65,7 +68,7 @@ class Mean:
     count: int
 
 
-def mean_of(values: Sequence[float]) -> Mean:
+def mean_of(values: Sequence[float] | Float) -> Mean:
     """Return mean and Student's interval of at least one value: t_{n−1} s / √n."""
     x = np.asarray(values, dtype=np.float64)  # (n,)
     count = len(x)
@@ -85,18 +88,21 @@ class Paired:
     count: int
 
 
-def paired(a: Sequence[float], b: Sequence[float]) -> Paired | None:
+def paired(a: Sequence[float] | Float, b: Sequence[float] | Float) -> Paired | None:
     """Test a − b, pair by pair; None for fewer than two pairs, which say nothing about chance.
 
     Differences that all agree to rounding have no spread: p is 1 where they are 0 (the same method under two
     names) and 0 elsewhere.
     """
-    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)  # (n,)
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)  # (n,)
+    difference = x - y  # (n,)
     count = len(difference)
     if count < 2:
         return None
     mean, deviation = float(difference.mean()), float(difference.std(ddof=1))
-    rounding = 8 * np.finfo(np.float64).eps * max(float(np.abs([a, b]).max()), np.finfo(np.float64).tiny)
+    rounding = (
+        8 * np.finfo(np.float64).eps * max(float(np.maximum(abs(x), abs(y)).max()), float(np.finfo(np.float64).tiny))
+    )
     if deviation <= rounding:
         return Paired(mean, 0.0, 1.0 if abs(mean) <= rounding else 0.0, count)
     error = deviation / math.sqrt(count)

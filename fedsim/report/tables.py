@@ -7,11 +7,14 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fedsim.errors import UserError, did_you_mean
 from fedsim.quantities import duration, size
 from fedsim.report.groups import Group, Table
 from fedsim.report.statistics import LEVEL, Mean, Paired, holm, mean_of, paired
+
+BySeeds = Mapping[tuple[Any, ...], float]
 
 _LOWER = {"loss", "ece", "std", "bytes", "seconds", "dropped", "norm", "spread", "dissimilarity"}
 
@@ -68,12 +71,12 @@ def compare(table: Table, metric: str, baseline: str) -> Comparison:
     return Comparison(metric, baseline, cells)
 
 
-def _paired(a: Mapping[object, float], b: Mapping[object, float]) -> Paired | None:
+def _paired(a: BySeeds, b: BySeeds) -> Paired | None:
     common = [key for key in a if key in b]
     return paired([a[key] for key in common], [b[key] for key in common])
 
 
-def _best(values: Mapping[tuple[str, str], Mapping[object, float]], metric: str) -> list[tuple[str, str]]:
+def _best(values: Mapping[tuple[str, str], BySeeds], metric: str) -> list[tuple[str, str]]:
     """Return the best of a setting and all that tie with it."""
     if not values:
         return []
