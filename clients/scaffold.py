@@ -45,5 +45,6 @@ class Scaffold:
         """Keep c_k⁺ (D,) and upload c_k⁺ − c_k (D,)."""
         layout = context.layout
         moved = layout.join(context.received) - layout.join(params)  # (D,)
-        change = moved / (context.num_steps * context.lr) - context.broadcast["control"]  # (D,)
+        # One after the other: a batched engine's num_steps is an integer tensor, which times lr would be float32.
+        change = moved / context.num_steps / context.lr - context.broadcast["control"]  # (D,)
         return {"control": context.client_state["control"] + change}, {"control_change": change}, None

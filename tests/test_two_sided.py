@@ -1,0 +1,501 @@
+"""Methods with a server's and a client's side, run by the engines against their papers' algorithms in plain loops.
+
+The oracles see one flat vector w (D,) of a softmax regression, take full-batch gradients by hand in float64, and know
+nothing of rules, objectives or contexts. Tolerance 1e-10: engines sum the same float64 terms in another order.
+"""
+
+import copy
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedsim.build import build
+from fedsim.clients.cross_entropy import CrossEntropy
+from fedsim.clients.feddyn import FedDyn as FedDynClient
+from fedsim.clients.fedhyper import FedHyper as FedHyperClient
+from fedsim.clients.margin import Margin
+from fedsim.clients.moon import Moon
+from fedsim.clients.scaffold import Scaffold as ScaffoldClient
+from fedsim.config import compose
+from fedsim.console import Observer
+from fedsim.contracts import Dataset
+from fedsim.local import LocalTraining
+from fedsim.loop import Loop
+from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategies.feddyn import FedDyn
+from fedsim.strategies.fedhyper import FedHyperCL, FedHyperG, FedHyperSL
+from fedsim.strategies.fednova import FedNova
+from fedsim.strategies.scaffold import Scaffold
+
+F, C, LR, STEPS = 3, 4, 0.4, 3
+SIZES = (9, 7, 5, 3)
+ENGINES = ("sequential", "vectorized")
+EVERYONE = {t: [0, 1, 2, 3] for t in range(1, 9)}
+SOME = {1: [0, 1, 3], 2: [1, 2], 3: [0, 1, 2, 3], 4: [2, 3]}
+OPTIMIZERS = [{}, {"momentum": 0.5, "weight_decay": 0.1}, {"optimizer": "adamw", "weight_decay": 0.1, "lr": 0.02}]
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def samples(seed=0):
+    rng = np.random.default_rng(seed)
+    owner = np.repeat(np.arange(4), SIZES)
+    x = rng.normal(size=(len(owner), F)) + 0.5 * owner[:, None]
+    return x, rng.integers(0, C, len(owner)), owner
+
+
+@cache
+def config(engine):
+    alone = ["partition=natural", "partition.local_test=0", "data.validation=0", "metrics.clients_every=0"]
+    return compose([f"engine={engine}", *alone, "fraction=1", "dtype=float64", "threads=1"])
+
+
+class Chosen:
+    """Clients by round."""
+
+    def __init__(self, plan):
+        self.plan = plan
+
+    def __call__(self, pool, size, rng, round):
+        return self.plan[round]
+
+
+class Regression(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(F, C).double()
+
+    def features(self, x):
+        return x
+
+    def forward(self, x):
+        return self.head(x)
+
+
+class Net(nn.Module):
+    """logits = head tanh(body x)."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(F, 5).double()
+        self.head = nn.Linear(5, C).double()
+
+    def features(self, x):
+        return torch.tanh(self.body(x))
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def initial(model, seed=3):
+    rng = np.random.default_rng(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.as_tensor(rng.normal(size=p.shape)))
+    return model
+
+
+def start(tmp_path, strategy, client, *, engine="sequential", plan=EVERYONE, model=None, **training):
+    x, y, owner = samples()
+    splits = {"train": np.arange(len(y)), "test": len(y) + np.arange(2)}
+    x, y, owner = np.concatenate([x, x[:2]]), np.concatenate([y, y[:2]]), np.concatenate([owner, [-1, -1]])
+    data = Dataset(torch.as_tensor(x), torch.as_tensor(y), splits, C, owner)
+    training = LocalTraining(**{"lr": LR, "batch_size": None, "local_steps": STEPS, **training})
+    model = initial(Regression()) if model is None else model
+    parts = {"data": data, "model": copy.deepcopy(model), "strategy": strategy, "client": client,
+             "training": training, "sampler": Chosen(plan)}  # fmt: skip
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))  # a run folder of its own
+    folder.mkdir()
+    loop = Loop(build(config(engine), parts), folder, Observer())
+    OPEN.append(loop)
+    return loop
+
+
+OPEN = []
+
+
+@pytest.fixture(autouse=True)
+def _logs_are_closed():
+    yield
+    while OPEN:
+        loop = OPEN.pop()
+        loop.rounds.close()
+        loop.times.close()
+
+
+def models(loop, rounds):
+    """Return the weights (rounds + 1, D) before and after each round."""
+    seen = [loop.weights.numpy().copy()]
+    for t in range(1, rounds + 1):
+        loop.step(t)
+        seen.append(loop.weights.numpy().copy())
+    return np.stack(seen)
+
+
+def gradient(w, k):
+    """∇L_k(w) (D,) of the mean cross-entropy of client k's samples; w = (W (C, F), b (C,)) flat."""
+    x, y, owner = samples()
+    x, y = x[owner == k], y[owner == k]
+    grad_weight, grad_bias = np.zeros((C, F)), np.zeros(C)
+    for xi, yi in zip(x, y, strict=True):
+        z = w[: C * F].reshape(C, F) @ xi + w[C * F :]
+        p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+        p[yi] -= 1
+        grad_weight += np.outer(p, xi) / len(y)
+        grad_bias += p / len(y)
+    return np.concatenate([grad_weight.ravel(), grad_bias])
+
+
+def local_sgd(w, k, steps=STEPS, lr=LR, momentum=0.0):
+    v, velocity = w.copy(), 0.0
+    for _ in range(steps):
+        velocity = momentum * velocity + gradient(v, k)
+        v = v - lr * velocity
+    return v
+
+
+def average(rows, clients):
+    n = np.array([SIZES[k] for k in clients], dtype=float)
+    return (n[:, None] * np.array(rows)).sum(0) / n.sum()
+
+
+def first(model=None):
+    model = initial(Regression()) if model is None else model
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).numpy()
+
+
+def test_the_oracle_is_fedavg(tmp_path):
+    got = models(start(tmp_path, FedAvg(), CrossEntropy(), plan=SOME), 4)
+    w = first()
+    for t in range(1, 5):
+        w = average([local_sgd(w, k) for k in SOME[t]], SOME[t])
+        np.testing.assert_allclose(got[t], w, **EXACT)
+
+
+# --- SCAFFOLD ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_scaffold_against_algorithm_1(tmp_path, engine):
+    loop = start(tmp_path, Scaffold(server_lr=0.8), ScaffoldClient(), engine=engine, plan=SOME)
+    got = models(loop, 4)
+    w, c, mine = first(), 0.0, [np.zeros(16) for _ in range(4)]
+    for t in range(1, 5):
+        moves, changes = [], []
+        for k in SOME[t]:
+            y = w.copy()
+            for _ in range(STEPS):
+                y = y - LR * (gradient(y, k) - mine[k] + c)
+            new = mine[k] - c + (w - y) / (STEPS * LR)
+            moves.append(y - w)
+            changes.append(new - mine[k])
+            mine[k] = new
+        w = w + 0.8 * sum(moves) / len(moves)  # clients count alike
+        c = c + sum(changes) / 4  # |S|/N times the mean over S
+        np.testing.assert_allclose(got[t], w, **EXACT)
+    np.testing.assert_allclose(loop.strategy.state["control"].numpy(), c, **EXACT)
+    np.testing.assert_allclose(loop.task.store.arrays["control"].numpy(), mine, **EXACT)
+
+
+def test_scaffolds_first_round_has_no_correction(tmp_path):
+    # c = c_k = 0: FedAvg's clients; the server's mean is the plain one
+    got = models(start(tmp_path, Scaffold(), ScaffoldClient()), 1)
+    w = first()
+    np.testing.assert_allclose(got[1], np.mean([local_sgd(w, k) for k in range(4)], axis=0), **EXACT)
+
+
+def test_scaffolds_control_is_a_gradient_after_one_step(tmp_path):
+    # one step of SGD: (w − y) / lr = g − c_k + c, so that c_k⁺ = g_k(w) whatever c and c_k were
+    loop = start(tmp_path, Scaffold(), ScaffoldClient(), local_steps=1)
+    seen = models(loop, 3)
+    want = [gradient(seen[2], k) for k in range(4)]
+    np.testing.assert_allclose(loop.task.store.arrays["control"].numpy(), want, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(loop.strategy.state["control"].numpy(), np.mean(want, axis=0), rtol=1e-9, atol=1e-12)
+
+
+def test_scaffold_says_what_it_misses(tmp_path):
+    with pytest.raises(ValueError, match="choose client=scaffold"):
+        models(start(tmp_path, Scaffold(), CrossEntropy()), 1)
+
+
+# --- FedNova ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_fednova_against_eq_6(tmp_path, engine, momentum):
+    # batches of 3 in two epochs: 6, 6, 4, 2 steps; the order of batches is the engine's, so Δ_k is taken from it
+    loop = start(tmp_path, FedNova(server_lr=0.9), CrossEntropy(), engine=engine, momentum=momentum,
+                 batch_size=3, local_steps=None, local_epochs=2)  # fmt: skip
+    plain = start(tmp_path, Rows(), CrossEntropy(), engine=engine, momentum=momentum,
+                  batch_size=3, local_steps=None, local_epochs=2)  # fmt: skip
+    models(plain, 1)
+    rows, steps = plain.strategy.rule.seen
+    assert steps.tolist() == [6, 6, 4, 2]
+    lengths = []
+    for tau in steps.tolist():  # a_k: how often each gradient enters the sum of velocities
+        velocity, a = [0.0] * tau, [0.0] * tau
+        for s in range(tau):
+            velocity = [momentum * v for v in velocity]
+            velocity[s] += 1
+            a = [x + v for x, v in zip(a, velocity, strict=True)]
+        lengths.append(sum(a))
+    p = np.array(SIZES) / sum(SIZES)
+    effective = sum(q * a for q, a in zip(p, lengths, strict=True))
+    want = sum(q * r / a for q, r, a in zip(p, rows.numpy(), lengths, strict=True))
+    np.testing.assert_allclose(models(loop, 1)[1] - first(), 0.9 * effective * want, **EXACT)
+
+
+class Rows:
+    """Keeps the rows that it sees."""
+
+    def init(self, layout, num_clients):
+        return {}
+
+    def __call__(self, cohort, state):
+        self.seen = cohort.rows.clone(), cohort.num_steps.clone()
+        return cohort.rows.mean(0), state, {}
+
+
+def test_fednova_with_equal_steps_is_fedavg(tmp_path):
+    nova = models(start(tmp_path, FedNova(), CrossEntropy(), momentum=0.5), 3)
+    np.testing.assert_allclose(nova, models(start(tmp_path, FedAvg(), CrossEntropy(), momentum=0.5), 3), **EXACT)
+
+
+# --- FedDyn -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_feddyn_against_algorithm_1(tmp_path, engine):
+    alpha = 0.3
+    loop = start(tmp_path, FedDyn(), FedDynClient(proximal_mu=alpha), engine=engine, plan=SOME)
+    got = models(loop, 4)
+    w, h, mine = first(), np.zeros(16), [np.zeros(16) for _ in range(4)]
+    for t in range(1, 5):
+        ends = []
+        for k in SOME[t]:
+            theta = w.copy()
+            for _ in range(STEPS):
+                theta = theta - LR * (gradient(theta, k) - mine[k] + alpha * (theta - w))
+            mine[k] = mine[k] - alpha * (theta - w)
+            ends.append(theta)
+        h = h - alpha / 4 * sum(theta - w for theta in ends)
+        w = sum(ends) / len(ends) - h / alpha
+        np.testing.assert_allclose(got[t], w, **EXACT)
+    np.testing.assert_allclose(alpha * loop.strategy.state["drift"].numpy(), h, **EXACT)
+    np.testing.assert_allclose(loop.task.store.arrays["gradient"].numpy(), mine, **EXACT)
+
+
+def test_feddyn_finds_the_stationary_point_of_the_mean_loss(tmp_path):
+    # what FedAvg's clients, running long, do not: the paper's point (its §2). Full participation, near-exact clients
+    alpha = 0.5
+    plan = {t: [0, 1, 2, 3] for t in range(1, 31)}
+    decay = {"weight_decay": 0.05, "local_steps": 15, "lr": 0.6}
+
+    def rest(w):
+        return np.linalg.norm(np.mean([gradient(w, k) + 0.05 * w for k in range(4)], axis=0))
+
+    dyn = models(
+        start(tmp_path, FedDyn(), FedDynClient(proximal_mu=alpha), engine="vectorized", plan=plan, **decay), 30
+    )
+    avg = models(start(tmp_path, FedAvg(), CrossEntropy(), engine="vectorized", plan=plan, **decay), 30)
+    assert rest(dyn[-1]) < 0.05 * rest(avg[-1])
+
+
+# --- MOON -------------------------------------------------------------------------------------------------------
+
+
+def moon_loss(w, received, previous, x, y, mu, tau):
+    def forward(v):
+        body = v[: 5 * F].view(5, F), v[5 * F : 5 * F + 5]
+        head = v[5 * F + 5 : 5 * F + 5 + C * 5].view(C, 5), v[5 * F + 5 + C * 5 :]
+        z = torch.tanh(x @ body[0].T + body[1])
+        return z, z @ head[0].T + head[1]
+
+    def sim(a, b):
+        return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+
+    z, logits = forward(w)
+    positive = torch.exp(sim(z, forward(received)[0].detach()) / tau)
+    negative = torch.exp(sim(z, forward(previous)[0].detach()) / tau)
+    picked = logits.log_softmax(1).gather(1, y[:, None])[:, 0]
+    return (-picked - mu * torch.log(positive / (positive + negative))).mean()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_moon_against_eq_3(tmp_path, engine):
+    mu, tau = 1.5, 0.4
+    net = initial(Net())
+    loop = start(tmp_path, FedAvg(), Moon(contrastive_mu=mu, temperature=tau), engine=engine, plan=SOME, model=net)
+    got = models(loop, 4)
+    x, y, owner = samples()
+    w, last = torch.as_tensor(first(net)), {}
+    for t in range(1, 5):
+        ends = []
+        for k in SOME[t]:
+            mine = torch.as_tensor(x[owner == k]), torch.as_tensor(y[owner == k])
+            v, previous = w.clone(), last.get(k, w)
+            for _ in range(STEPS):
+                v = v - LR * torch.func.grad(moon_loss)(v, w, previous, *mine, mu, tau)
+            last[k] = v
+            ends.append(v.numpy())
+        w = torch.as_tensor(average(ends, SOME[t]))
+        np.testing.assert_allclose(got[t], w.numpy(), **EXACT)
+
+
+def test_moon_without_contrast_is_fedavg(tmp_path):
+    net = initial(Net())
+    moon = models(start(tmp_path, FedAvg(), Moon(contrastive_mu=0), model=net), 3)
+    np.testing.assert_array_equal(moon, models(start(tmp_path, FedAvg(), CrossEntropy(), model=net), 3))
+
+
+# --- FedHyper ---------------------------------------------------------------------------------------------------
+
+
+def hyper_cl(w, k, previous, num_participants, *, weight, bounds, form, kappa):
+    """One client's round of eq. 20 (additive), or of the released code's update.py (multiplicative)."""
+    v, m, path = w.copy(), 1.0, []
+    last_g, h_last = None, previous
+    for step in range(STEPS):
+        g = gradient(v, k)
+        if form == "additive" and step:
+            m = m + kappa * (g @ last_g - weight / num_participants * (g @ previous))
+            m = min(max(m, bounds[0]), bounds[1])
+        new = v - LR * m * g
+        if form == "multiplicative" and step:  # not after the first batch
+            h = new - v
+            x, y = weight * (h @ previous) / num_participants, h @ h_last
+            m = min(max(min(1.1, 1 + kappa * (x + y)) * m, bounds[0]), bounds[1])
+            h_last = h
+        v, last_g = new, g
+        path.append(m)
+    return v, path[-1] if form == "additive" else path[-2]  # the factor of the last step
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("preset", "kappa"), [("paper", 1.0), ("paper", 0.05), ("reference", 1.0), ("reference", 4.0)])
+def test_fedhyper_cl_against_loops(tmp_path, engine, preset, kappa):
+    loop = start(tmp_path, FedHyperCL(), FedHyperClient(preset=preset, kappa=kappa), engine=engine, plan=SOME)
+    got = models(loop, 4)
+    w, previous, participants = first(), np.zeros(16), 1
+    form, weight = ("additive", 1.0) if preset == "paper" else ("multiplicative", 0.1)
+    for t in range(1, 5):
+        rounds = [hyper_cl(w, k, previous, participants, weight=weight, bounds=(0.1, 10), form=form, kappa=kappa)
+                  for k in SOME[t]]  # fmt: skip
+        new = average([v for v, _ in rounds], SOME[t])
+        previous, participants, w = new - w, len(SOME[t]), new
+        np.testing.assert_allclose(got[t], w, **EXACT)
+    scales = loop.backend.cohort.extras["lr_scale"].numpy()  # of the last round
+    np.testing.assert_allclose(scales, [m for _, m in rounds], **EXACT)
+    assert any(m != 1 for m in scales)  # or the test would see nothing
+    assert float(loop.strategy.metrics["lr_scale_mean"]) == pytest.approx(scales.mean(), rel=1e-12)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "rule",
+    [FedHyperG(kappa=0), FedHyperSL(kappa=0), FedHyperCL(), FedHyperG(rule=FedHyperCL(), kappa=0)],
+    ids=["g", "sl", "cl", "g_cl"],
+)
+def test_kappa_0_is_fedavg_to_the_bit(tmp_path, engine, rule):
+    client = FedHyperClient(kappa=0) if "CL" in repr(rule) else CrossEntropy()
+    # momentum and decay would show a factor put in the wrong place
+    training = {"momentum": 0.5, "weight_decay": 0.01}
+    hyper = models(start(tmp_path, rule, client, engine=engine, **training), 3)
+    # the client that changes nothing takes the same path through the engine, so that bits can be equal
+    plain = FedHyperClient(kappa=0) if "CL" in repr(rule) else CrossEntropy()
+    np.testing.assert_array_equal(hyper, models(start(tmp_path, FedAvg(), plain, engine=engine, **training), 3))
+    if engine == "sequential":
+        np.testing.assert_array_equal(hyper, models(start(tmp_path, FedAvg(), CrossEntropy(), **training), 3))
+
+
+def test_fedhyper_g_around_cl_is_both(tmp_path):
+    loop = start(tmp_path, FedHyperG(rule=FedHyperCL(), kappa=0.5), FedHyperClient())
+    got = models(loop, 3)
+    w, previous, participants, alpha = first(), np.zeros(16), 1, 1.0
+    for t in range(1, 4):
+        ends = [hyper_cl(w, k, previous, participants, weight=1.0, bounds=(0.1, 10), form="additive", kappa=1.0)[0]
+                for k in range(4)]  # fmt: skip
+        delta = average(ends, range(4)) - w
+        alpha = min(max(alpha + 0.5 * (delta @ previous), 1 / 3), 3)
+        w, previous, participants = w + alpha * delta, delta, 4
+        np.testing.assert_allclose(got[t], w, **EXACT)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("training", OPTIMIZERS, ids=["sgd", "momentum", "adamw"])
+def test_fedhyper_sl_is_another_lr(tmp_path, engine, training):
+    # bounds that leave no choice: from round 2 on clients train at exactly 3 lr
+    rule = FedHyperSL(kappa=1e9, min_rate=1.0, max_rate=3.0)
+    loop = start(tmp_path, rule, CrossEntropy(), engine=engine, **training)
+    got = models(loop, 2)
+    assert float(loop.strategy.state["rate"]) in (1.0, 3.0)
+    h = float(loop.strategy.metrics["hypergradient"])
+    assert h != 0
+    assert float(loop.strategy.metrics["lr_scale"]) == 1  # of round 2: h of round 1 is 0
+    loop.step(3)
+    rate = 3.0 if h > 0 else 1.0
+    assert float(loop.strategy.metrics["lr_scale"]) == rate
+    assert h > 0, "choose data on which consecutive updates agree"
+    other = start(tmp_path, FedAvg(), CrossEntropy(), engine=engine, **{**training, "lr": 3 * training.get("lr", LR)})
+    other.weights = torch.as_tensor(got[2].copy())
+    other.step(3)
+    np.testing.assert_allclose(loop.weights.numpy(), other.weights.numpy(), **EXACT)
+
+
+class Constant(CrossEntropy):
+    """A client whose every step takes 0.25 lr."""
+
+    def direction(self, grads, params, context):
+        return grads, {"lr_scale": next(iter(grads.values())).new_full((), 0.25)}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("training", OPTIMIZERS, ids=["sgd", "momentum", "adamw"])
+def test_a_factor_on_each_step_is_another_lr(tmp_path, engine, training):
+    scaled = models(start(tmp_path, FedAvg(), Constant(), engine=engine, **training), 2)
+    other = models(
+        start(tmp_path, FedAvg(), CrossEntropy(), engine=engine, **{**training, "lr": training.get("lr", LR) / 4}), 2
+    )
+    np.testing.assert_allclose(scaled, other, **EXACT)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_fedhyper_cl_wraps_any_objective(tmp_path, engine):
+    # kappa = 0 around margin is margin; around SCAFFOLD's client, with its state and uploads, SCAFFOLD
+    margin = Margin(margin_lambda=0.3)
+    got = models(start(tmp_path, FedHyperCL(), FedHyperClient(objective=margin, kappa=0), engine=engine), 2)
+    np.testing.assert_allclose(got, models(start(tmp_path, FedAvg(), margin, engine=engine), 2), **EXACT)
+    inside = FedHyperClient(objective=ScaffoldClient(), kappa=0)
+    got = models(start(tmp_path, FedHyperCL(rule=Scaffold()), inside, engine=engine, plan=SOME), 4)
+    plain = models(start(tmp_path, Scaffold(), ScaffoldClient(), engine=engine, plan=SOME), 4)
+    np.testing.assert_allclose(got, plain, **EXACT)
+
+
+def test_fedhyper_g_wraps_rules_with_wishes(tmp_path):
+    # FedNova asks for the clients' training, and must get it through the wrapper
+    loop = start(tmp_path, FedHyperG(rule=FedNova(), kappa=0), CrossEntropy(), momentum=0.5)
+    assert loop.strategy.rule.rule.momentum == 0.5
+    np.testing.assert_allclose(models(loop, 2), models(start(tmp_path, FedNova(), CrossEntropy(), momentum=0.5), 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (Scaffold, {"server_lr": 0.0}, "Scaffold needs server_lr > 0"),
+        (FedNova, {"server_lr": -1.0}, "FedNova needs server_lr > 0"),
+        (FedNova, {"momentum": 1.0}, "FedNova needs 0 <= momentum < 1"),
+        (FedDynClient, {"proximal_mu": 0.0}, "FedDyn needs a finite proximal_mu > 0"),
+        (Moon, {"contrastive_mu": -1.0}, "Moon needs a finite contrastive_mu"),
+        (Moon, {"temperature": 0.0}, "Moon needs a finite temperature"),
+        (FedHyperClient, {"kappa": -1.0}, "FedHyper needs a finite kappa"),
+        (FedHyperClient, {"preset": "code"}, "preset is one of paper, reference"),
+        (FedHyperClient, {"recurrence": "other"}, "recurrence is one of"),
+        (FedHyperClient, {"min_rate": 2.0}, "min_rate <= 1 <= max_rate"),
+    ],
+)
+def test_arguments_out_of_range_are_named(kind, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**arguments)
