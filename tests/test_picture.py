@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from fedsim.partition.picture import _columns, draw
+from fedsim.partition.picture import _columns, draw, drawn_once
 
 
 @pytest.fixture
@@ -114,3 +114,20 @@ draw([[1, 2]], {str(tmp_path / "p.png")!r})
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_many_runs_draw_one_partition_once(tmp_path, figures):
+    m = counts(4, 3)
+    with drawn_once(tmp_path / "shared"):
+        draw(m, tmp_path / "a.png")
+        draw(m.copy(), tmp_path / "b.png")
+        assert len(figures) == 1
+        others = [{"class_names": ["x", "y", "z"]}, {"client_names": ["x", "y", "z", "u"]}, {"title": "t"}]
+        for n, names in enumerate(others, start=2):
+            draw(m, tmp_path / "c.png", **names)
+            assert len(figures) == n
+        draw(m.T.reshape(4, 3), tmp_path / "c.png")  # the same numbers, elsewhere
+        assert len(figures) == 5
+    draw(m, tmp_path / "d.png")
+    assert len(figures) == 6
+    assert len({(tmp_path / f"{name}.png").read_bytes() for name in "abd"}) == 1

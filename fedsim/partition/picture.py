@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +26,18 @@ _MAX_COLUMNS = 1000  # more clients are drawn in groups of neighbours: a screen 
 _MAX_NAMED_CLASSES = 30
 _CHARACTER = 0.075  # inches of a letter at 8 points
 _BAR_COLOUR = "#4c6a92"
+
+_drawn: ContextVar[Path | None] = ContextVar("drawn", default=None)
+
+
+@contextmanager
+def drawn_once(folder: Path) -> Iterator[None]:
+    """Within it, a picture that stands in a folder already is copied from there: many runs share one partition."""
+    token = _drawn.set(folder)
+    try:
+        yield
+    finally:
+        _drawn.reset(token)
 
 
 def draw(
@@ -48,14 +65,34 @@ def draw(
         ValueError: counts isn't a matrix with at least one client and class, or a list of names has another length.
 
     """
-    from matplotlib.figure import Figure  # half a second, and most commands draw nothing
-
     counts = np.asarray(counts, dtype=np.int64)  # (K, C)
     if counts.ndim != 2 or 0 in counts.shape:
         raise ValueError(f"counts must be a matrix (clients, classes), got shape {counts.shape}")
     for name, names, number in (("class", class_names, counts.shape[1]), ("client", client_names, counts.shape[0])):
         if names is not None and len(names) != number:
             raise ValueError(f"{name}_names must have {number} entries, got {len(names)}")
+    shared = _drawn.get()
+    if shared is None:
+        _draw(counts, Path(path), class_names, client_names, title)
+        return
+    names = [None if names is None else list(map(str, names)) for names in (class_names, client_names)]
+    what = repr((counts.shape, names, title)).encode() + counts.tobytes()
+    known = shared / f"{hashlib.blake2b(what, digest_size=12).hexdigest()}{Path(path).suffix}"
+    if not known.exists():
+        _draw(counts, Path(path), class_names, client_names, title)
+        shared.mkdir(parents=True, exist_ok=True)
+        temporary = shared / f".{known.stem}-{os.getpid()}"  # another process may be drawing the same
+        shutil.copyfile(path, temporary)
+        temporary.replace(known)
+        return
+    shutil.copyfile(known, path)
+
+
+def _draw(
+    counts: Int, path: Path, class_names: Sequence[str] | None, client_names: Sequence[str] | None, title: str
+) -> None:
+    from matplotlib.figure import Figure  # half a second, and most commands draw nothing
+
     columns = _columns(counts)
     num_columns, num_classes = columns.counts.shape
     width = float(np.clip(0.42 * num_columns + 2.2, 6.4, 13))

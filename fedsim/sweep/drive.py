@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from fedsim.sweep import table
 from fedsim.sweep.board import Board
 from fedsim.sweep.grammar import Words, read
 from fedsim.sweep.plan import Plan
-from fedsim.sweep.pool import Event, Job, Pool, start_server
+from fedsim.sweep.pool import PICTURES, Event, Job, Pool, start_server
 
 _WRITE_EVERY = 1.0  # seconds between two writes of the table while trials end
 
@@ -176,6 +177,7 @@ def execute(plan: Plan, folder: Path, pool: Pool, board: Board) -> list[table.Ro
     try:
         jobs = [Job(t.name, str(folder / t.name), t.overrides, plan.config_dir) for t in missing]
         pool.run(jobs, told)
+        shutil.rmtree(folder / PICTURES, ignore_errors=True)
     finally:
         board.end()
         table.write(plan, folder, list(rows.values()))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple, Self
 
+PICTURES = ".pictures"  # in the folder of the sweep while it runs: partitions that were drawn already
 _PRELOADED = "fedsim.sweep.worker"
 _GRACE = 5.0  # seconds in which a worker without work ends by itself
 

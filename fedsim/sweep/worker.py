@@ -27,8 +27,9 @@ from fedsim.config import compose
 from fedsim.console import Plain
 from fedsim.errors import UserError
 from fedsim.folder import locked
+from fedsim.partition.picture import drawn_once
 from fedsim.sweep.plan import setting
-from fedsim.sweep.pool import Event, Job
+from fedsim.sweep.pool import PICTURES, Event, Job
 
 # What runs import when they first need it: loaded once, before the fork, it costs the trials nothing.
 for _name in (
@@ -114,7 +115,7 @@ def _do(job: Job, pipe: connection.Connection) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _wait_for(folder)
-        with _output_to(folder / LOG):
+        with _output_to(folder / LOG), drawn_once(folder.parent / PICTURES):
             try:
                 _run(job, folder, Reporter(sys.stdout, tell))
             except BaseException:
