@@ -27,3 +27,7 @@ class CrossEntropy:
         """Return the loss (…) of logits (…, B, C), targets (…, B) and weights (…, B): 1/b, and 0 for padding."""
         loss: Tensor = linalg.vecdot(weights, sample_losses(logits, targets))  # (…)
         return loss
+
+    def soft_criterion(self, logits: Tensor, probabilities: Tensor, weights: Tensor) -> Tensor:
+        """Return the loss (…) for labels that are probabilities (…, B, C); `criterion` where they are one-hot."""
+        return linalg.vecdot(weights, -linalg.vecdot(probabilities, logits.log_softmax(-1)))  # (…)

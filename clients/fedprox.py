@@ -35,3 +35,7 @@ class FedProx:
     def criterion(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Return the loss (…) without the proximal term, from logits (…, B, C), targets and weights (…, B)."""
         return CrossEntropy().criterion(logits, targets, weights)  # (…)
+
+    def soft_criterion(self, logits: Tensor, probabilities: Tensor, weights: Tensor) -> Tensor:
+        """Return the same for labels that are probabilities (…, B, C)."""
+        return CrossEntropy().soft_criterion(logits, probabilities, weights)  # (…)

@@ -23,6 +23,7 @@ from fedsim.contracts import Dataset, LinearRule, Partition
 from fedsim.data.check import check_dataset
 from fedsim.data.splits import ClientSplits, split_clients, validation_split
 from fedsim.engine.auto import make_engine
+from fedsim.engine.mimic import Mimic
 from fedsim.engine.store import ClientStore
 from fedsim.engine.task import BUFFER, LOCAL, Task
 from fedsim.errors import UserError
@@ -74,6 +75,8 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
         train = Partition(train.indices, np.array([0, len(train.indices)]))
     task = _task(dataset, train, model.to(device, dtype), names, (client, training), run)
     uplink = build_uplink(config, parts, task, adversary)
+    if "mimic" in getattr(strategy, "needs", ()):
+        strategy = _bound(strategy, mimic=Mimic.of(task))
     initial, buffers = _initial(model, names.shared), _initial_buffers(model, names.buffers)
     cohort = cohort_size(run.fraction, int((task.partition.sizes > 0).sum()))
     # From here on the module's tensors are the engine's.
@@ -159,8 +162,8 @@ def _strategy(config: Config, splits: ClientSplits, run: Run) -> Any:
 
 def _bound(strategy: Any, **known: Any) -> Any:
     """Give a rule the values that it asks for by name."""
-    needs = getattr(strategy, "needs", ())
-    return strategy.bind(**{name: known[name] for name in needs}) if needs else strategy
+    wanted = {name: known[name] for name in getattr(strategy, "needs", ()) if name in known}
+    return strategy.bind(**wanted) if wanted else strategy
 
 
 def _client(config: Config, parts: Parts) -> tuple[Any, LocalTraining]:
@@ -346,6 +349,11 @@ def _check_cohort(experiment: Experiment) -> None:
             rule.check(experiment.num_participants)
         except ValueError as error:
             raise UserError(f"strategy: {error}") from error
+    if hasattr(experiment.sampler, "check"):
+        try:
+            experiment.sampler.check(experiment.cohort_size, experiment.participants)
+        except ValueError as error:
+            raise UserError(f"sampler: {error}") from error
 
 
 def _saved(config: Config) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from fedsim.contracts import Partition, Phase
 from fedsim.rng import keyed_bits, segment_permutations
@@ -72,6 +74,45 @@ class LocalTraining:
     def rate(self, round: int) -> float:
         """Return the local rate of a round ≥ 1."""
         return self.lr * self.lr_decay ** ((round - 1) // self.lr_decay_every)
+
+    def unroll(
+        self, loss: Callable[[Tensor, int], Tensor], start: Tensor, *, num_steps: Tensor, lr: float,
+        proximal_mu: float = 0.0, create_graph: bool = True,
+    ) -> Tensor:  # fmt: skip
+        """Return the updates w − start (S, D) of S local rounds by sgd, differentiable through all their steps.
+
+        Args:
+            loss: (params (S, D), step) -> (S,), each row's loss of its own parameters alone.
+            start: (S, D).
+            num_steps: (S,) int64 steps of each row.
+            lr: local rate.
+            proximal_mu: μ ≥ 0 in (μ/2)‖w − start‖².
+            create_graph: False gives the same numbers without the graph.
+
+        Raises:
+            ValueError: the optimiser is not sgd: AdamW's step has no derivative where a moment is zero.
+
+        """
+        if self.optimizer != "sgd":
+            raise ValueError(f"only optimizer=sgd can be unrolled, got {self.optimizer!r}")
+        start = start.detach()
+        params, velocity = start, torch.zeros_like(start)  # (S, D)
+        with torch.enable_grad():
+            for step in range(int(num_steps.max())):
+                if not params.requires_grad:
+                    params = params.detach().requires_grad_()
+                (grads,) = torch.autograd.grad(loss(params, step).sum(), params, create_graph=create_graph)  # (S, D)
+                grads = grads + proximal_mu * (params - start)
+                if self.clip_norm is not None:
+                    norm = grads.square().sum(-1, keepdim=True).clamp_min(1e-24).sqrt()  # (S, 1)
+                    grads = grads * (self.clip_norm / norm).clamp_max(1)
+                grads = grads + self.weight_decay * params
+                velocity = self.momentum * velocity + grads if self.momentum else grads
+                active = (step < num_steps).to(start)[:, None]  # (S, 1)
+                params = params - lr * active * velocity
+                if not create_graph:
+                    params, velocity = params.detach(), velocity.detach()
+        return params - start
 
     def num_steps(self, sizes: Int64, phase: Phase | None = None) -> Int64:
         """Return the local steps (K,) of clients with n_k samples; none for a client without samples."""
