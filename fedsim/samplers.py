@@ -93,6 +93,19 @@ class Cyclic:
         if self.num_groups is not None and self.num_groups < 1:
             raise ValueError(f"num_groups must be >= 1 or null, got {self.num_groups}")
 
+    def check(self, num: int, clients: Ids) -> None:
+        """Refuse cohorts that a group is too small for.
+
+        Raises:
+            ValueError: the smallest group has fewer clients than a cohort.
+
+        """
+        groups = self.num_groups or 1
+        for turn, size in enumerate(np.bincount(clients % groups, minlength=groups).tolist()):
+            if size < num:
+                group = f"{size} clients of group {turn} (num_groups={self.num_groups})"
+                raise ValueError(f"a cohort of {num} is larger than the {group}; lower fraction or num_groups")
+
     def __call__(self, pool: Pool, num: int, rng: np.random.Generator, round: int) -> Ids:
         """Return the cohort's ids."""
         population = len(pool.clients)
@@ -124,12 +137,24 @@ class PowerOfChoice:
         if self.num_candidates is not None and self.num_candidates < 1:
             raise ValueError(f"num_candidates must be >= 1 or null, got {self.num_candidates}")
 
+    def check(self, num: int, clients: Ids) -> None:
+        """Refuse fewer candidates than the cohort takes.
+
+        Raises:
+            ValueError: d below the cohort's size.
+
+        """
+        if self.num_candidates is not None and self.num_candidates < num:
+            raise ValueError(
+                f"power of choice needs num_candidates >= the cohort's size {num}, got {self.num_candidates}; "
+                "raise num_candidates or lower fraction"
+            )
+
     def __call__(self, pool: Pool, num: int, rng: np.random.Generator, round: int) -> Ids:
         """Return the cohort's ids."""
         _check(num, len(pool.clients))
+        self.check(num, pool.clients)
         wanted = 2 * num if self.num_candidates is None else self.num_candidates
-        if wanted < num:
-            raise ValueError(f"power of choice needs num_candidates >= the cohort's size {num}, got {wanted}")
         wanted = max(num, min(wanted, int(np.count_nonzero(pool.sizes))))
         drawn = _weighted(pool.sizes.astype(np.float64), wanted, rng, "samples")  # (d,)
         candidates = np.sort(pool.clients[drawn])  # (d,)

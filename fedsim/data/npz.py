@@ -74,7 +74,8 @@ def _read(file: Path) -> dict[str, npt.NDArray[Any]]:
     except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file} is not a readable .npz without pickled objects: {error}") from error
+        # NumPy's own words suggest allow_pickle, which would run whatever code the file holds.
+        raise UserError(f"{file} is not a readable .npz archive of arrays (without pickled objects)") from error
 
 
 def _inputs(file: Path, train: npt.NDArray[Any], test: npt.NDArray[Any]) -> Tensor:
