@@ -2,8 +2,8 @@
 
 The table is written by benchmarks/byzfl_values.py. Where ByzFL departs from the papers the arguments say so: its Krum
 counts n − f − 1 neighbours instead of n − f − 2, which is ours told f − 1; its ALIE adds instead of subtracts and takes
-the unbiased deviation; its sign flip turns the honest mean, which is IPM with ε = 1; its geometric median starts at 0 instead of the
-mean, so that both run until they stand still. Both sides are float64: 1e-9.
+the unbiased deviation; its sign flip turns the honest mean, which is IPM with ε = 1; its geometric median starts
+at 0 instead of the mean, so that both run until they stand still. Both sides are float64: 1e-9.
 """
 
 import json
