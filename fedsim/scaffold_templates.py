@@ -19,12 +19,11 @@ dev = ["pytest>=8"]
 [project.entry-points."fedsim.plugins"]
 <name> = "<package>.configs"
 
-[tool.setuptools]
-package-dir = { "" = "src" }
-packages = ["<package>"]
+[tool.setuptools.packages.find]
+where = ["src"]
 
 [tool.setuptools.package-data]
-"<package>" = ["configs/**/*.yaml"]
+"*" = ["*.yaml"]
 
 [tool.pytest.ini_options]
 testpaths = ["tests"]

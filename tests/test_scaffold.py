@@ -16,7 +16,11 @@ BUILD = "import sys, setuptools.build_meta as b; b.build_wheel(sys.argv[1])"
 
 
 def python(*words: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if path is None else {"PYTHONPATH": str(path)})
+    env = (
+        os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
+        | ({} if path is None else {"PYTHONPATH": str(path)})
+    )
     return subprocess.run([sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
 
 
@@ -24,7 +28,7 @@ def install(folder: Path, site: Path) -> None:
     """Build the wheel as pip does, and unpack it."""
     pytest.importorskip("setuptools", reason="needs setuptools to build a wheel")
     done = python("-c", BUILD, str(site.parent), cwd=folder)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     (wheel,) = site.parent.glob(f"{folder.name.replace('-', '_')}*.whl")
     zipfile.ZipFile(wheel).extractall(site)
 
