@@ -290,15 +290,15 @@ def test_feddyn_against_algorithm_1(tmp_path, engine):
 
 def test_feddyn_finds_the_stationary_point_of_the_mean_loss(tmp_path):
     # what FedAvg's clients, running long, do not: the paper's point (its §2). lr is below 2 / curvature
-    training = {"weight_decay": 0.05, "local_steps": 20, "lr": 0.2}
-    training["plan"] = {t: [0, 1, 2, 3] for t in range(1, 31)}
+    training = {"weight_decay": 0.05, "local_steps": 15, "lr": 0.2}
+    training["plan"] = {t: [0, 1, 2, 3] for t in range(1, 17)}
 
     def rest(w):
         return np.linalg.norm(np.mean([gradient(w, k) + 0.05 * w for k in range(4)], axis=0))
 
-    dyn = models(start(tmp_path, FedDyn(), FedDynClient(proximal_mu=0.3), **training), 30)
-    avg = models(start(tmp_path, FedAvg(), CrossEntropy(), **training), 30)
-    assert rest(dyn[-1]) < 0.02 * rest(avg[-1])
+    dyn = models(start(tmp_path, FedDyn(), FedDynClient(proximal_mu=0.3), **training), 16)
+    avg = models(start(tmp_path, FedAvg(), CrossEntropy(), **training), 16)
+    assert rest(dyn[-1]) < 0.15 * rest(avg[-1])
 
 
 # --- MOON -------------------------------------------------------------------------------------------------------
