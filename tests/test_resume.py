@@ -135,24 +135,10 @@ def test_killed_runs_go_on_to_the_same_bytes(importable, name):
     assert len((whole / "rounds.jsonl").read_bytes().splitlines()) == 24
 
 
-@pytest.mark.parametrize("round", [0, 1])
-def test_a_kill_before_the_first_checkpoint(importable, round):
-    """Round 0: before the first row, as soon as there is a plan; 1: a row without a checkpoint."""
+def test_a_kill_before_the_first_row(importable):
     settings = [*BASE[:4], "num_rounds=12", *BASE[-4:], "strategy=fedadam"]
     whole, folder = importable / "whole", importable / "killed"
     simulation.run(compose([*settings, f"hydra.run.dir={whole}"]), Observer())
-    killed_at(importable, folder, round, settings)
-    heard = Warnings()
-    simulation.resume(folder, [], heard)
-    assert heard.lines == []
-    assert contents(folder) == contents(whole)
-
-
-def killed_at(importable, folder, round, settings):
-    """Kill a run after its `round`-th row or, where that is 0, as soon as its plan is there."""
-    if round:
-        assert killed(importable, folder, round, "run", *settings, f"hydra.run.dir={folder}")
-        return
     words = [sys.executable, "-c", CHILD, str(importable), "run", *settings, f"hydra.run.dir={folder}"]
     child = subprocess.Popen(words, stderr=subprocess.DEVNULL)
     while not (folder / "plan.json").exists():
@@ -160,6 +146,10 @@ def killed_at(importable, folder, round, settings):
         time.sleep(0.0005)
     child.kill()
     child.wait()
+    heard = Warnings()
+    simulation.resume(folder, [], heard)
+    assert heard.lines == []
+    assert contents(folder) == contents(whole)
 
 
 # --- kills at moments that no signal would hit often enough --------------------------------------------------------
