@@ -1,0 +1,450 @@
+"""Gradient inversion: what it must find, what it must leave alone, and what it may not read."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fedsim.build import build
+from fedsim.clients.cross_entropy import CrossEntropy
+from fedsim.clients.fedprox import FedProx
+from fedsim.config import compose
+from fedsim.console import Observer
+from fedsim.engine.mimic import Mimic
+from fedsim.errors import UserError
+from fedsim.layout import Layout
+from fedsim.local import LocalTraining
+from fedsim.loop import Loop
+from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategies.inversion import Inversion, Sought, largest, unique
+from fedsim.strategies.stale_weighted import StaleWeighted
+from fedsim.strategies.unstale import Unstale
+from fedsim.testing import cohort_of
+
+SIZES, CLASSES, FEATURES = (6, 9), 3, 4
+
+
+def small_mlp():
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES)).double()
+
+
+def mimic_of(training, *, objective=None, module=None, shape=(FEATURES,)):
+    module, objective = module or small_mlp(), objective or CrossEntropy()
+    return Mimic(
+        module=module, layout=Layout.of(dict(module.named_parameters())), training=training,
+        criterion=objective.soft_criterion, proximal_mu=getattr(objective, "proximal_mu", 0.0), input_shape=shape,
+        num_classes=CLASSES, bounds=(-2.0, 2.0),
+    )  # fmt: skip
+
+
+def client_data(seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        (torch.as_tensor(rng.uniform(-2, 2, (n, FEATURES))), torch.as_tensor(rng.integers(0, CLASSES, n)))
+        for n in SIZES
+    ]
+
+
+def by_torch_optim(mimic, start, x, y, steps, mu=0.0):
+    """Train one client with an optimiser object; return w − start."""
+    training = mimic.training
+    module = small_mlp()
+    own = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, value in mimic.layout.split(start).items():
+            own[name].copy_(value)
+    optimizer = torch.optim.SGD(
+        module.parameters(), lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay
+    )
+    first = [p.detach().clone() for p in module.parameters()]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(module(x), y)
+        loss = loss + mu / 2 * sum(((p - q) ** 2).sum() for p, q in zip(module.parameters(), first, strict=True))
+        loss.backward()
+        if training.clip_norm is not None:
+            norm = sum((p.grad**2).sum() for p in module.parameters()).sqrt()
+            for p in module.parameters():
+                p.grad *= min(1.0, float(training.clip_norm / norm))
+        optimizer.step()
+    return mimic.layout.join(dict(module.named_parameters())).detach() - start
+
+
+def padded(data):
+    """Return x (S, B, F), one-hot labels (S, B, C) and weights (S, B)."""
+    most = max(SIZES)
+    x, labels, weights = torch.zeros(2, most, FEATURES), torch.zeros(2, most, CLASSES), torch.zeros(2, most)
+    x, labels, weights = x.double(), labels.double(), weights.double()
+    for k, (xs, ys) in enumerate(data):
+        x[k, : len(xs)], weights[k, : len(xs)] = xs, 1 / len(xs)
+        labels[k, : len(xs)] = functional.one_hot(ys, CLASSES).double()
+    return x, labels, weights
+
+
+@pytest.mark.parametrize(
+    ("changes", "mu"),
+    [({}, 0.0), ({"momentum": 0.7}, 0.0), ({"weight_decay": 0.1}, 0.0), ({"clip_norm": 0.2}, 0.0), ({}, 0.5),
+     ({"momentum": 0.5, "weight_decay": 0.05}, 0.3)],
+)  # fmt: skip
+def test_the_unrolled_round_is_the_clients(changes, mu):
+    """Rows of different sizes and numbers of steps, against torch.optim one by one; float64 rounding of 7 steps."""
+    objective = FedProx(proximal_mu=mu) if mu else CrossEntropy()
+    mimic = mimic_of(LocalTraining(lr=0.4, batch_size=None, **changes), objective=objective)
+    rng = np.random.default_rng(1)
+    start = torch.as_tensor(rng.normal(size=(2, mimic.layout.size)))
+    data, steps = client_data(), torch.tensor([7, 3])
+    got = mimic.unroll(start, padded(data), num_steps=steps, round=1, create_graph=False)
+    for k, (x, y) in enumerate(data):
+        want = by_torch_optim(mimic, start[k], x, y, int(steps[k]), mu)
+        torch.testing.assert_close(got[k], want, rtol=1e-9, atol=1e-12)
+        alone = tuple(part[k : k + 1] for part in padded(data))
+        single = mimic.unroll(start[k : k + 1], alone, num_steps=steps[k : k + 1], round=1, create_graph=False)
+        torch.testing.assert_close(single[0], want, rtol=1e-9, atol=1e-12)
+
+
+def test_the_unrolled_round_can_be_differentiated():
+    mimic = mimic_of(LocalTraining(lr=0.4, momentum=0.5, batch_size=None))
+    rng = np.random.default_rng(1)
+    start = torch.as_tensor(rng.normal(size=(2, mimic.layout.size)))
+    x = torch.as_tensor(rng.normal(size=(2, 2, FEATURES))).requires_grad_()
+    z = torch.as_tensor(rng.normal(size=(2, 2, CLASSES))).requires_grad_()
+    weights = torch.full((2, 2), 0.5, dtype=torch.float64)
+
+    def updates(x, z):
+        return mimic.unroll(start, (x, z.softmax(-1), weights), num_steps=torch.tensor([2, 3]), round=1)
+
+    assert torch.autograd.gradcheck(updates, (x, z), fast_mode=True)
+
+
+def test_adamw_is_not_unrolled():
+    with pytest.raises(ValueError, match="only optimizer=sgd"):
+        mimic_of(LocalTraining(optimizer="adamw")).unroll(
+            torch.zeros(1, 43), padded(client_data()), num_steps=torch.tensor([1]), round=1
+        )
+
+
+# ---- the search
+
+
+def sought_of(mimic, rounds_apart=0.3):
+    """Two clients' true updates of an old and of the newest model."""
+    rng = np.random.default_rng(2)
+    old = torch.as_tensor(rng.normal(size=mimic.layout.size))
+    new = old + rounds_apart * torch.as_tensor(rng.normal(size=mimic.layout.size))
+    steps = torch.tensor([5, 5])
+    samples = padded(client_data())
+    stale = mimic.unroll(old.expand(2, -1), samples, num_steps=steps, round=1, create_graph=False)
+    fresh = mimic.unroll(new.expand(2, -1), samples, num_steps=steps, round=1, create_graph=False)
+    mask = torch.ones_like(stale, dtype=torch.bool)
+    return Sought(old.expand(2, -1), stale, mask, samples[2], steps, 1), new, fresh
+
+
+FULL = LocalTraining(lr=0.3, batch_size=None)
+
+
+def test_the_clients_own_data_has_no_disparity_and_gives_the_fresh_update():
+    mimic = mimic_of(FULL)
+    sought, new, fresh = sought_of(mimic)
+    x, labels, weights = padded(client_data())
+    z = 1e4 * labels  # one-hot after the softmax, exactly
+    found = Inversion(iterations=0).search(mimic, sought, x, z)
+    assert found.disparity.max() < 1e-14  # the same operations: at most a rounding by the softmax's path
+    estimate = Inversion().local_round(mimic, new.expand(2, -1), (x, z, weights), sought, round=1, create_graph=False)
+    torch.testing.assert_close(estimate, fresh, rtol=1e-12, atol=1e-14)
+
+
+def test_the_search_finds_samples_that_explain_the_update():
+    mimic = mimic_of(FULL)
+    sought, new, fresh = sought_of(mimic)
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(2, max(SIZES), FEATURES, generator=rng, dtype=torch.float64).clamp(-2, 2)
+    z = torch.randn(2, max(SIZES), CLASSES, generator=rng, dtype=torch.float64)
+    found = Inversion(iterations=150, lr=0.1).search(mimic, sought, x, z)
+    cold = Inversion(iterations=0).search(mimic, sought, x, z)
+    assert (found.disparity < 0.3 * cold.disparity).all()
+    assert found.x.abs().max() <= 2
+    warm = Inversion(iterations=0).search(mimic, sought, found.x, found.z)
+    torch.testing.assert_close(warm.disparity, found.disparity, rtol=1e-9, atol=0)
+    # The search never hands back worse than what it began with.
+    again = Inversion(iterations=3, lr=2.0).search(mimic, sought, found.x, found.z)
+    assert (again.disparity <= warm.disparity).all()
+    estimate = Inversion().local_round(mimic, new.expand(2, -1), (found.x, found.z, sought.weights), sought, round=1)
+    assert ((estimate - fresh).abs().sum(1) < 0.5 * (sought.updates - fresh).abs().sum(1)).all()
+
+
+def test_two_clients_at_once_are_each_alone():
+    mimic = mimic_of(FULL)
+    sought, _, _ = sought_of(mimic)
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(2, max(SIZES), FEATURES, generator=rng, dtype=torch.float64).clamp(-2, 2)
+    z = torch.randn(2, max(SIZES), CLASSES, generator=rng, dtype=torch.float64)
+    both = Inversion(iterations=20).search(mimic, sought, x, z)
+    for k in range(2):
+        one = slice(k, k + 1)
+        alone = Sought(
+            sought.start[one], sought.updates[one], sought.mask[one], sought.weights[one], sought.num_steps[one], 1
+        )
+        single = Inversion(iterations=20).search(mimic, alone, x[one], z[one])
+        torch.testing.assert_close(single.disparity, both.disparity[one], rtol=1e-6, atol=0)
+    torch.testing.assert_close(both.x[0, SIZES[0] :], x[0, SIZES[0] :])  # padding has no gradient and stays
+
+
+class Regression:
+    """One step of linear regression on one sample: Δ = −lr x (x·w − y), y the first of two label probabilities."""
+
+    bounds = (-2.0, 2.0)
+
+    def unroll(self, start, samples, *, num_steps, round, criterion=None, create_graph=True):
+        x, labels, _ = samples
+        return -0.1 * x[:, 0] * ((x[:, 0] * start).sum(-1) - labels[:, 0, 0])[:, None]
+
+
+def test_linear_regression_is_matched_to_the_last():
+    start = torch.tensor([[0.5, -1.0, 0.25]], dtype=torch.float64)
+    x = torch.tensor([[[1.0, 0.3, -0.7]]], dtype=torch.float64)
+    z = torch.tensor([[[0.4, 0.0]]], dtype=torch.float64)
+    delta = Regression().unroll(start, (x, z.softmax(-1), None), num_steps=None, round=1)
+    ones = torch.ones(1, 1, dtype=torch.float64)
+    sought = Sought(start, delta, torch.ones(1, 3, dtype=torch.bool), ones, torch.ones(1), 1)
+    guess = torch.tensor([[[0.6, 0.6, -0.2]]], dtype=torch.float64)
+    found = Inversion(iterations=600, lr=0.05).search(Regression(), sought, guess, torch.zeros_like(z))
+    assert found.disparity.item() < 2e-3  # the last steps of Adam are 5e-5 long
+
+
+def test_masks_keep_exactly_the_largest():
+    rows = torch.tensor([[1.0, -5.0, 2.0, -2.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    assert largest(rows, 2).tolist() == [[False, True, True, False, False], [True, True, False, False, False]]
+    assert largest(rows, 5).all()
+    assert largest(torch.randn(3, 999, generator=torch.Generator().manual_seed(0)), 50).sum(1).tolist() == [50] * 3
+
+
+def test_unique_updates_by_hand():
+    def towards(*degrees):
+        angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+        return torch.stack([angle.cos(), angle.sin()], 1)
+
+    fresh = towards(0, 10, 20)  # each one's nearest neighbour is 10 degrees away
+    assert unique(towards(29, 31, 15, 180), fresh, 0.9).tolist() == [False, True, False, True]
+    assert unique(5 * towards(31, 29), fresh, 0.9).tolist() == [True, False]  # lengths do not count
+    assert unique(towards(1, 2), fresh[:1], 0.9).all()
+    assert unique(towards(1), fresh[:0], 0.9).all()
+
+
+# ---- the rule
+
+
+class Untouchable:
+    """Stands for the mimic where nothing may be inverted."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f"the mimic's {name} was asked for")
+
+
+def rule_cohort(staleness, seed=0, round=50, moved=1.0):
+    rng = np.random.default_rng(seed)
+    mimic = mimic_of(FULL)
+    size, count = mimic.layout.size, len(staleness)
+    received = round - 1 - np.asarray(staleness)
+    newest = torch.as_tensor(rng.normal(size=size))
+    models = {int(v): newest + moved * torch.as_tensor(rng.normal(size=size)) for v in set(received)} | {
+        round - 1: newest
+    }
+    data = [
+        (torch.as_tensor(rng.uniform(-2, 2, (6, FEATURES))), torch.as_tensor(rng.integers(0, CLASSES, 6)))
+        for _ in staleness
+    ]
+    x = torch.stack([part[0] for part in data])
+    labels = torch.stack([functional.one_hot(part[1], CLASSES).double() for part in data])
+    weights = torch.full((count, 6), 1 / 6, dtype=torch.float64)
+    starts = torch.stack([models[int(v)] for v in received])
+    rows = mimic.unroll(starts, (x, labels, weights), num_steps=torch.full((count,), 5), round=1, create_graph=False)
+    return mimic, cohort_of(
+        rows, torch.full((count,), 6.0), round=round, staleness=torch.tensor(staleness), models=models,
+        received=torch.as_tensor(received), num_steps=torch.full((count,), 5),
+    )  # fmt: skip
+
+
+def call(rule, cohort, state=None):
+    return rule(cohort, rule.init(cohort.layout, len(cohort)) if state is None else state)
+
+
+def test_without_staleness_it_is_the_inner_rule_and_inverts_nothing():
+    _, cohort = rule_cohort([0, 0, 0])
+    assert torch.equal(call(Unstale().bind(mimic=Untouchable()), cohort)[0], call(FedAvg(), cohort)[0])
+
+
+def test_when_it_has_switched_it_is_direct():
+    _, cohort = rule_cohort([0, 0, 7, 9])
+    rule = Unstale(window=10).bind(mimic=Untouchable())
+    state = {**rule.init(cohort.layout, 4), "switched": 40}
+    delta, state, metrics = call(rule, cohort, state)
+    assert torch.equal(delta, call(FedAvg(), cohort)[0])
+    assert metrics["gamma"] == 0
+    assert metrics["num_inverted"] == 0
+
+
+def test_estimates_take_the_place_of_stale_updates_alone():
+    mimic, cohort = rule_cohort([0, 3, 0, 8])
+    rule = Unstale(uniqueness=False, iterations=30).bind(mimic=mimic)
+    delta, state, metrics = call(rule, cohort)
+    assert metrics["num_inverted"] == 2
+    assert sorted(state["pending"]) == ["1/49", "3/49"]
+    assert {name: len(held["x"]) for name, held in state["samples"].items()} == {"1": 3, "3": 3}  # half of six
+    rows = cohort.rows.clone()
+    rows[1], rows[3] = (state["pending"][name]["estimate"] for name in ("1/49", "3/49"))
+    torch.testing.assert_close(delta, rows.mean(0), rtol=1e-12, atol=1e-14)
+    # Half way back, half of each.
+    half = {**rule.init(cohort.layout, 4), "switched": 45}
+    mixed = call(replace(rule, window=10).bind(mimic=mimic), cohort, half)[0]
+    torch.testing.assert_close(mixed, (rows.mean(0) + cohort.rows.mean(0)) / 2, rtol=1e-12, atol=1e-14)
+    # The inner rule sees a fresh update: its discount does not count twice.
+    inner = Unstale(rule=StaleWeighted(), uniqueness=False, iterations=30).bind(mimic=mimic)
+    torch.testing.assert_close(call(inner, cohort)[0], delta, rtol=1e-12, atol=1e-14)
+
+
+def test_where_the_model_has_not_moved_a_perfect_estimate_is_the_update():
+    mimic, cohort = rule_cohort([0, 4], moved=0.0)
+    rule = Unstale(uniqueness=False, size=1.0, iterations=120, inversion_lr=0.1).bind(mimic=mimic)
+    _, state, metrics = call(rule, cohort)
+    estimate = state["pending"]["1/49"]["estimate"]
+    gap = (estimate - cohort.rows[1]).abs().sum() / cohort.rows[1].abs().sum()
+    assert gap.item() == pytest.approx(metrics["inversion_disparity"].item(), rel=1e-9)
+    assert gap < 0.15
+
+
+def test_a_search_begins_where_the_clients_last_one_ended():
+    mimic, cohort = rule_cohort([0, 4])
+    rule = Unstale(uniqueness=False, iterations=20).bind(mimic=mimic)
+    _, state, first = call(rule, cohort)
+    _, _, again = call(rule, cohort, state)
+    assert again["inversion_disparity"] < first["inversion_disparity"]
+    cold = Unstale(uniqueness=False, iterations=20, warm_start=False).bind(mimic=mimic)
+    _, state, first = call(cold, cohort)
+    assert call(cold, cohort, state)[2]["inversion_disparity"] == first["inversion_disparity"]
+
+
+def test_e1_above_e2_switches_at_the_first_such_round_and_gamma_falls():
+    _, cohort = rule_cohort([0, 5])
+    rule = Unstale(window=4).bind(mimic=Untouchable())
+    true = cohort.rows[1]
+    received = int(cohort.received[1])
+
+    def after(estimate, stale, **state):
+        pending = {f"1/{received}": {"estimate": true + estimate, "stale": true + stale}}
+        state = {**rule.init(cohort.layout, 2), "pending": pending, **state}
+        return rule._learn(cohort, state)
+
+    state, figures = after(0.1, 0.2)
+    size = cohort.rows.shape[1]
+    assert figures == pytest.approx({"e1": 0.1 * size, "e2": 0.2 * size})
+    assert state["switched"] == 0
+    assert not state["pending"]
+    state, _ = after(0.3, 0.2)
+    assert state["switched"] == 50
+    assert [rule.gamma(state, t) for t in (50, 51, 52, 53, 54, 60)] == [1, 0.75, 0.5, 0.25, 0, 0]
+    assert replace(rule, window=None).gamma(state, 52) == pytest.approx(0.6)  # a tenth of 50 rounds
+    assert after(0.1, 0.2, switched=30)[0]["switched"] == 30  # there is no way back
+    assert replace(rule, switch=False)._learn(cohort, {**state, "switched": 0, "pending": {
+        f"1/{received}": {"estimate": true + 9, "stale": true}}})[0]["switched"] == 0  # fmt: skip
+
+
+def test_it_needs_to_be_bound():
+    _, cohort = rule_cohort([0, 4])
+    with pytest.raises(ValueError, match=r"call bind\(mimic"):
+        call(Unstale(uniqueness=False), cohort)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"size": 0.0}, {"keep": 1.5}, {"keep": 0.0}, {"quantile": 2.0}, {"margin": 0.0}, {"window": -1}, {"preset": "x"},
+     {"iterations": -1}, {"inversion_lr": 0.0}, {"labels": "hard"}],
+)  # fmt: skip
+def test_arguments_out_of_their_range_are_refused(arguments):
+    with pytest.raises(ValueError, match=r"needs|must be|is one of"):
+        Unstale(**arguments)
+
+
+def test_the_reference_preset_is_the_released_codes_search():
+    rule = Unstale(preset="reference")
+    assert rule.inversion == Inversion(iterations=40_000, lr=1.0, sign=True, labels="bce")
+    assert not rule.warm_start
+    assert Unstale(preset="reference", iterations=5).inversion.iterations == 5
+    mimic, cohort = rule_cohort([0, 4])
+    assert call(Unstale(preset="reference", iterations=5).bind(mimic=mimic), cohort)[2]["num_inverted"] == 1
+
+
+# ---- in a run
+
+RUN = ("strategy=unstale", "strategy.iterations=4", "strategy.uniqueness=false", "partition=classes",
+       "partition.num_clients=10", "partition.classes_per_client=1", "fraction=1", "model=logreg", "threads=1",
+       "devices=intertwined", "mode=fixed_delay", "mode.delay=2", "num_rounds=4", "metrics.every=100")  # fmt: skip
+
+
+def stepped(folder, *overrides, prepare=lambda loop: None):
+    loop = Loop(build(compose([*RUN, *overrides])), folder, Observer())
+    prepare(loop)
+    for round in range(1, 5):
+        loop.step(round)
+    loop.rounds.close()
+    loop.times.close()
+    return loop
+
+
+def test_no_client_data_is_read(tmp_path):
+    """While the rule runs, every sample and label is something else; not a bit changes."""
+
+    @dataclass(frozen=True)
+    class Blind:
+        rule: Unstale
+        task: object
+
+        def __getattr__(self, name):
+            return getattr(self.rule, name)
+
+        def __call__(self, cohort, state):
+            x, y = self.task.x.clone(), self.task.y.clone()
+            self.task.x.fill_(torch.nan)
+            self.task.y.fill_(3)
+            try:
+                return self.rule(cohort, state)
+            finally:
+                self.task.x.copy_(x)
+                self.task.y.copy_(y)
+
+    def blind(loop):
+        loop.strategy.rule = Blind(loop.strategy.rule, loop.task)
+
+    seen, unseen = stepped(tmp_path / "a"), stepped(tmp_path / "b", prepare=blind)
+    assert seen.strategy.metrics["num_inverted"] == 1
+    assert torch.equal(seen.weights, unseen.weights)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["client=sgd"], "mini-batches"),
+        (["client.optimizer=adamw"], "adamw cannot be unrolled"),
+        (["client=margin", "client.batch_size=null"], "Margin"),
+    ],
+)
+def test_what_cannot_be_imitated_is_refused(overrides, reason):
+    with pytest.raises(UserError, match=reason):
+        build(compose([*(text for text in RUN if not text.startswith("model")), *overrides]))
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (lambda: nn.Sequential(nn.Linear(64, 8), nn.Dropout(0.5), nn.Linear(8, 10)), "dropout"),
+        (lambda: nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10)), "batch norm"),
+    ],
+)
+def test_models_that_cannot_be_imitated_are_refused(module, reason):
+    overrides = [text for text in RUN if not text.startswith("model")]
+    with pytest.raises(UserError, match=reason):
+        build(compose(overrides), {"model": lambda **_: nn.Sequential(nn.Flatten(), *module())})
