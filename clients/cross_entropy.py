@@ -30,4 +30,5 @@ class CrossEntropy:
 
     def soft_criterion(self, logits: Tensor, probabilities: Tensor, weights: Tensor) -> Tensor:
         """Return the loss (…) for labels that are probabilities (…, B, C); `criterion` where they are one-hot."""
-        return linalg.vecdot(weights, -linalg.vecdot(probabilities, logits.log_softmax(-1)))  # (…)
+        loss: Tensor = linalg.vecdot(weights, -linalg.vecdot(probabilities, logits.log_softmax(-1)))  # (…)
+        return loss

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -15,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedsim import __version__
 from fedsim.build_uplink import build_adversary, build_uplink, check_uplink
 from fedsim.config import Config, instantiate, plain, settings
 from fedsim.construct import locate
-from fedsim.contracts import Dataset, LinearRule, Partition
+from fedsim.contracts import Dataset, Partition
 from fedsim.data.check import check_dataset
 from fedsim.data.splits import ClientSplits, split_clients, validation_split
 from fedsim.engine.auto import make_engine
@@ -31,10 +28,9 @@ from fedsim.experiment import Experiment, cohort_size
 from fedsim.flower.client import FlowerApp
 from fedsim.layout import Layout
 from fedsim.local import LocalTraining
-from fedsim.loop import CheckpointCost
-from fedsim.metrics.budget import Evaluation
 from fedsim.models.dropout import replace_dropout
 from fedsim.models.parameters import Parameters, initialise, load_init, split_parameters
+from fedsim.plan import check_cohort, check_evaluation, planned
 from fedsim.rng import generator
 from fedsim.settings import Run
 from fedsim.timing import timed
@@ -98,9 +94,9 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     if uplink is not None:
         check_uplink(uplink, strategy, foreign=experiment.foreign is not None)
     experiment = timed(experiment, config, parts)
-    experiment = _plan(experiment, config)
-    _check_cohort(experiment)
-    _check_evaluation(experiment)
+    experiment = planned(experiment, plain(config))
+    check_cohort(experiment)
+    check_evaluation(experiment)
     return experiment
 
 
@@ -262,103 +258,6 @@ def _initial_buffers(model: nn.Module, layout: Layout) -> Tensor:
     buffers = dict(model.named_buffers())
     like = next(model.parameters())
     return layout.join({name: buffers[name].detach().to(like.dtype) for name in layout.names}).to(like.device)
-
-
-def _plan(experiment: Experiment, config: Config) -> Experiment:
-    """Resolve what decides the bits: written to plan.json and taken from there on resume."""
-    task, run = experiment.task, experiment.settings
-    cohort = experiment.num_participants
-    sizes = task.partition.sizes[experiment.participants]
-    steps = task.training.num_steps(sizes)
-    batch = np.minimum(sizes, task.training.batch_size or sizes.max())
-    passed = np.where(sizes > 0, steps * batch, 0)
-    samples = max(1, round(float(passed.mean()) * cohort))
-    evaluation: Evaluation = experiment.evaluation.resolve(
-        samples,
-        sum(len(p) for name, p in experiment.dataset.splits.items() if name not in ("train", "backdoor")),
-        int(experiment.splits.test.sizes.sum()),
-    )
-    why = _needs_rows(experiment, evaluation)
-    state = sum(value.numel() for value in task.store.first.values()) * cohort
-    cost = CheckpointCost(float(steps.mean()) * cohort, samples, task.shared.size, 4 * (3 * task.shared.size + state))
-    plan = {
-        **experiment.engine.plan,
-        **experiment.plan,
-        "rows": f"held: {why}" if why else "streamed",
-        "device": str(task.device) if task.device.type == "cpu" else torch.cuda.get_device_name(task.device),
-        "threads": torch.get_num_threads(),
-        "dtype": run.dtype,
-        "parameters": task.shared.size,
-        "cohort": cohort,
-        "clients": len(experiment.participants),
-        "evaluate_every": evaluation.every,
-        "evaluate_clients_every": evaluation.clients_every,
-        "checkpoint_every": run.checkpoint.every or cost.every(),
-        "versions": {
-            "fedsim": __version__, "python": platform.python_version(), "torch": str(torch.__version__),
-            "numpy": np.__version__, "flwr": version("flwr"),
-        },
-    }  # fmt: skip
-    return replace(experiment, plan=plan, evaluation=evaluation, config=_saved(config))
-
-
-def _needs_rows(experiment: Experiment, evaluation: Evaluation) -> str | None:
-    """Say who needs the rows of the updates; None lets the engine sum them as they come."""
-    rule = experiment.strategy
-    if not isinstance(rule, LinearRule):
-        return type(rule).__name__
-    if getattr(rule, "needs_rows", False):
-        return type(rule).__name__
-    if experiment.uplink is not None and experiment.uplink.needs_rows:
-        return experiment.uplink.needs_rows
-    if evaluation.cosines:
-        return "metrics.cosines"
-    if evaluation.decomposition_every:
-        return "metrics.decomposition_every"
-    return None
-
-
-def _check_evaluation(experiment: Experiment) -> None:
-    """Refuse what could never be evaluated, and stops that could never be reached: they would pass in silence."""
-    run = experiment.settings
-    own = {LOCAL: "parameters", BUFFER: "running statistics"}
-    personal = next((own[p] for p in own if any(name.startswith(p) for name in experiment.task.store.first)), None)
-    asked = {"target_accuracy": run.target_accuracy, "early_stopping.patience": run.early_stopping.patience}
-    stops = [name for name, value in asked.items() if value is not None]
-    for name in stops:
-        if not len(experiment.dataset.splits.get("validation", ())):
-            raise UserError(f"{name} reads the validation split, which is empty: set data.validation above 0")
-    if personal is None:
-        return
-    if experiment.evaluation.decomposition_every:
-        stops.append("metrics.decomposition_every")
-    for name in stops:
-        raise UserError(f"{name} needs one global model, but here clients keep {personal}")
-    if not (experiment.splits.test.sizes[~experiment.splits.held_out] > 0).any():
-        raise UserError(f"clients keep {personal}, so each is evaluated on its own test data: set partition.local_test")
-
-
-def _check_cohort(experiment: Experiment) -> None:
-    if not len(experiment.participants):
-        raise UserError("partition: no client may train: all are held out or have no samples")
-    if not experiment.task.shared.size and not hasattr(experiment.strategy, "local_parameters"):
-        raise UserError("model.local keeps every parameter with the clients: nothing is shared; use strategy=local")
-    rule = experiment.strategy
-    if hasattr(rule, "check"):
-        try:
-            rule.check(experiment.num_participants)
-        except ValueError as error:
-            raise UserError(f"strategy: {error}") from error
-    if hasattr(experiment.sampler, "check"):
-        try:
-            experiment.sampler.check(experiment.cohort_size, experiment.participants)
-        except ValueError as error:
-            raise UserError(f"sampler: {error}") from error
-
-
-def _saved(config: Config) -> dict[str, Any]:
-    tree: dict[str, Any] = plain(config)
-    return tree
 
 
 def _seed(own: int | None, run: Run) -> int:

@@ -12,6 +12,7 @@ from fedsim.contracts import Cohort, Dataset, Partition
 from fedsim.data.splits import ClientSplits
 from fedsim.engine.evaluate import predict
 from fedsim.engine.task import BUFFER, LOCAL, Task
+from fedsim.finetune import FineTuner
 from fedsim.local import Int64
 from fedsim.metrics.budget import Evaluation
 from fedsim.metrics.calibration import expected_calibration_error
@@ -72,6 +73,7 @@ class Evaluator:
         own = counts + label_counts(labels, splits.test, dataset.num_classes) * (counts.sum(1, keepdims=True) == 0)
         self.client_skew = torch.from_numpy(skew(own).client_tv)  # (K,)
         self.held_out = torch.from_numpy(splits.held_out)
+        self.tuner = FineTuner(task, splits, settings.finetune_steps) if settings.finetune_steps else None
         self.honest = None if byzantine is None else torch.from_numpy(~byzantine)  # (K,)
         self.pool = self._put(
             subsample(splits.train.indices, settings.decomposition_samples, task.seed)
@@ -156,7 +158,24 @@ class Evaluator:
                     summary |= accuracy_by_skew_quartile(accuracy[chosen], self.client_skew[clients][chosen])
                 figures |= {f"{prefix}_{name}": value for name, value in summary.items()}
         columns = {"test_accuracy": accuracy, "test_loss": mine["loss"].cpu(), "num_test_samples": counts}
+        if self.tuner is not None:
+            tuned = self._tuned(self.tuner, weights, buffers)
+            figures |= tuned.figures
+            everyone = accuracy.new_full((len(self.held_out),), torch.nan)  # (K,)
+            everyone[tuned.clients] = tuned.columns["finetuned_accuracy"].to(everyone)
+            columns["finetuned_accuracy"] = everyone[clients]
         return ClientFigures(figures, clients, columns)
+
+    def _tuned(self, tuner: FineTuner, weights: Tensor, buffers: Tensor) -> ClientFigures:
+        """Test each client's model after some local steps."""
+        accuracy, counts = tuner.accuracies(weights, buffers)
+        out = self.held_out[tuner.clients]
+        figures: Figures = {}
+        for prefix, chosen in (("client", ~out), ("held_out", out)):
+            if bool(chosen.any()):
+                summary = fairness(accuracy[chosen], counts[chosen])
+                figures |= {f"{prefix}_finetuned_{name}": value for name, value in summary.items()}
+        return ClientFigures(figures, tuner.clients, {"finetuned_accuracy": accuracy})
 
     def decomposition(self, weights: Tensor, buffers: Tensor, cohort: Cohort) -> Figures:
         """Split the new model's global loss into local loss, distribution shift and aggregation."""
@@ -181,3 +200,22 @@ class Evaluator:
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(data.sizes[clients])])).to(self.task.device)
         losses: np.ndarray[Any, np.dtype[np.float64]] = per_client(result, offsets)["loss"].cpu().numpy()
         return losses
+
+
+def with_evaluation(cohort: Cohort, trained: Columns, evaluated: ClientFigures | None) -> tuple[Int64, Columns]:
+    """Join what training and evaluation say of clients: (ids ascending, name → one value a client, NaN for none)."""
+    ids = cohort.clients.cpu().numpy()
+    if evaluated is None:
+        return ids, trained
+    everyone = np.union1d(ids, evaluated.clients)
+    return everyone, _scatter(everyone, ids, trained) | _scatter(everyone, evaluated.clients, evaluated.columns)
+
+
+def _scatter(everyone: Int64, ids: Int64, columns: Columns) -> Columns:
+    where = np.searchsorted(everyone, ids)
+    table = {}
+    for name, values in columns.items():
+        column = np.full(len(everyone), np.nan)
+        column[where] = torch.as_tensor(values).double().cpu().numpy()
+        table[name] = column
+    return table

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,16 +19,16 @@ from fedsim.contracts import Cohort, LinearRule, Metrics, State
 from fedsim.dispatch import Dispatcher
 from fedsim.engine.rounds import AllUpdatesBad, Trainer
 from fedsim.errors import UserError
-from fedsim.evaluation import ClientFigures, Evaluator
+from fedsim.evaluation import ClientFigures, Evaluator, with_evaluation
 from fedsim.experiment import Experiment
 from fedsim.flower.grid import SimulationGrid
 from fedsim.flower.state import capture, initial_parts, restore
 from fedsim.flower.strategy import RuleStrategy, aggregate
-from fedsim.local import Int64
 from fedsim.metrics.budget import Due
 from fedsim.metrics.communication import traffic
 from fedsim.metrics.drift import drift_of_rows, drift_of_sums
 from fedsim.metrics.records import ClientLog, RoundLog
+from fedsim.stopping import Stopping
 
 
 class Loop:
@@ -49,8 +46,7 @@ class Loop:
         self.settings, self.task = experiment.settings, experiment.task
         self.weights = experiment.initial.clone()  # (D,)
         self.round = 0
-        self.best = {"value": math.nan, "since": 0.0}  # of early stopping
-        self.stopped: str | None = None
+        self.stopping = Stopping(experiment.settings, experiment.evaluation.every or 1)
         self.last_known: dict[str, Any] = {}
         self.previous: Tensor | None = None  # the last aggregate (D,)
         self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0, "record": 0.0}
@@ -103,9 +99,9 @@ class Loop:
         self.observer.start(last, self.round)
         every = self.experiment.plan["checkpoint_every"]
         try:
-            while self.round < last and self.stopped is None:
+            while self.round < last and self.stopping.reason is None:
                 self.step(self.round + 1)
-                if self.round % every == 0 or self.round == last or self.stopped:
+                if self.round % every == 0 or self.round == last or self.stopping.reason:
                     self.save()
         finally:
             self.rounds.close()
@@ -134,7 +130,7 @@ class Loop:
         row, clients = self._measure(due, delta, metrics)
         self.previous = delta if len(arrivals.clients) else self.previous
         measured = time.perf_counter()
-        self._stop(row)
+        self.stopping.look(round, row)
         self._record(row, clients)
         ended = time.perf_counter()
         times = {
@@ -247,33 +243,7 @@ class Loop:
         mine |= {name: value for name, value in cohort.extras.items() if value.dim() == 1}
         mine |= self.dispatcher.columns(cohort)[1]
         mine |= {n: v for n, v in row.items() if isinstance(v, Tensor) and v.dim() == 1 and len(v) == len(cohort)}
-        ids = cohort.clients.cpu().numpy()
-        if evaluated is None:
-            self.clients.append(self.round, ids, mine)
-            return
-        everyone = np.union1d(ids, evaluated.clients)
-        table = _scatter(everyone, ids, mine) | _scatter(everyone, evaluated.clients, evaluated.columns)
-        self.clients.append(self.round, everyone, table)
-
-    def _stop(self, row: Mapping[str, Any]) -> None:
-        """Decide from the validation split alone whether to go on."""
-        settings = self.settings
-        accuracy, loss = row.get("validation_accuracy"), row.get("validation_loss")
-        regular = self.round == 1 or self.round % (self.experiment.evaluation.every or 1) == 0
-        if not regular or accuracy is None or loss is None:  # else a run's last round would decide a longer run's stop
-            return
-        if settings.target_accuracy is not None and accuracy >= settings.target_accuracy:
-            self.stopped = f"validation accuracy {accuracy:.4f} reached {settings.target_accuracy}"
-        early = settings.early_stopping
-        if early.patience is None:
-            return
-        value = -accuracy if early.metric == "accuracy" else loss
-        if math.isnan(self.best["value"]) or value < self.best["value"] - early.min_delta:
-            self.best = {"value": value, "since": 0.0}
-            return
-        self.best["since"] += 1
-        if self.best["since"] >= early.patience:
-            self.stopped = f"no better validation {early.metric} in {early.patience} evaluations"
+        self.clients.append(self.round, *with_evaluation(cohort, mine, evaluated))
 
     def state(self) -> State:
         """Return everything that the next round depends on."""
@@ -287,8 +257,7 @@ class Loop:
             "clients": {"touched": touched, "rows": kept},
             "uplink": {} if self.uplink is None else self.uplink.state(),
             "foreign": self.experiment.foreign.capture() if self.experiment.foreign else {},
-            "best": self.best,
-            "stopped": self.stopped,
+            "stopping": self.stopping.state(),
             "last_known": self.last_known,
             "previous": self.previous,
             "time": self.dispatcher.state(),
@@ -322,24 +291,13 @@ class Loop:
             if self.uplink is not None:
                 self.uplink.load(state["uplink"])
             self.dispatcher.load(state["time"], lambda value: _to(value, device))
-            self.best, self.last_known = state["best"], state["last_known"]
-            self.stopped = state["stopped"]
+            self.stopping.load(state["stopping"])
+            self.last_known = state["last_known"]
             self.previous = None if state["previous"] is None else state["previous"].to(device)
             self.seconds = state["seconds"]
         self.rounds.truncate_to(self.round)
         self.times.truncate_to(self.round)
         self.clients.truncate_to(self.round)
-
-
-def _scatter(everyone: Int64, ids: Int64, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Spread columns over a longer list of clients, NaN where a client has no value."""
-    where = np.searchsorted(everyone, ids)
-    table = {}
-    for name, values in columns.items():
-        column = np.full(len(everyone), np.nan)
-        column[where] = torch.as_tensor(values).double().cpu().numpy()
-        table[name] = column
-    return table
 
 
 def _identity(config: Mapping[str, Any]) -> str:
@@ -361,22 +319,3 @@ def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {name: _to(item, device) for name, item in value.items()}
     return value
-
-
-@dataclass(frozen=True)
-class CheckpointCost:
-    """How often to store the state: every round where its cost is a twentieth of the round's or less.
-
-    Counted, not timed, so that the same config stores in the same rounds on every machine: 100 µs a local step,
-    2·10¹⁰ operations a second, 0.5 ms and 1 ns a byte a checkpoint.
-    """
-
-    steps: float  # local steps a round
-    samples: float  # samples passed forward and backward a round
-    parameters: int
-    bytes: int  # of a checkpoint
-
-    def every(self) -> int:
-        """Return the rounds between checkpoints, ≥ 1."""
-        work = self.steps * 1e-4 + 6 * self.parameters * self.samples / 2e10
-        return max(1, math.ceil((5e-4 + self.bytes * 1e-9) / (0.05 * work)))

@@ -259,8 +259,8 @@ def _summary(experiment: Experiment, loop: Loop, *, setup: float, rounds: float)
     evaluated = [row for row in rows if row.get("evaluated")]
     best = max(evaluated, key=lambda row: row.get("validation_accuracy") or -1.0, default={})
     return {
-        "status": "stopped" if loop.stopped else "done",
-        "stopped": loop.stopped,
+        "status": "stopped" if loop.stopping.reason else "done",
+        "stopped": loop.stopping.reason,
         "num_rounds": loop.round,
         "seed": experiment.settings.seed,
         "choices": experiment.config["hydra"]["runtime"]["choices"],

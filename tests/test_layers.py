@@ -19,7 +19,7 @@ STACK = (
     ("errors", "files", "layout", "rng", "linalg", "contracts"),
     ("local", "samplers", "settings", "models", "partition", "data", "metrics", "strategies", "clients"),
     ("engine",),
-    ("backend", "evaluation", "experiment", "flower", "checkpoint", "console", "folder"),
+    ("backend", "evaluation", "experiment", "flower", "checkpoint", "console", "folder", "plan", "stopping"),
     ("loop",),
     ("catalogue", "construct", "misfit", "config", "saved", "build"),
     ("simulation", "sweep", "report"),

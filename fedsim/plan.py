@@ -1,0 +1,132 @@
+"""A run's plan: everything that decides its bits, resolved before round 1; and what cannot be run at all."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedsim import __version__
+from fedsim.contracts import LinearRule
+from fedsim.engine.task import BUFFER, LOCAL
+from fedsim.errors import UserError
+from fedsim.experiment import Experiment
+from fedsim.metrics.budget import Evaluation
+
+
+def planned(experiment: Experiment, config: Mapping[str, Any]) -> Experiment:
+    """Resolve what decides the bits: written to plan.json and taken from there on resume."""
+    task, run = experiment.task, experiment.settings
+    cohort = experiment.num_participants
+    sizes = task.partition.sizes[experiment.participants]
+    steps = task.training.num_steps(sizes)
+    batch = np.minimum(sizes, task.training.batch_size or sizes.max())
+    passed = np.where(sizes > 0, steps * batch, 0)
+    samples = max(1, round(float(passed.mean()) * cohort))
+    evaluation: Evaluation = experiment.evaluation.resolve(
+        samples,
+        sum(len(p) for name, p in experiment.dataset.splits.items() if name not in ("train", "backdoor")),
+        int(experiment.splits.test.sizes.sum()),
+    )
+    why = _needs_rows(experiment, evaluation)
+    state = sum(value.numel() for value in task.store.first.values()) * cohort
+    cost = CheckpointCost(float(steps.mean()) * cohort, samples, task.shared.size, 4 * (3 * task.shared.size + state))
+    plan = {
+        **experiment.engine.plan,
+        **experiment.plan,
+        "rows": f"held: {why}" if why else "streamed",
+        "device": str(task.device) if task.device.type == "cpu" else torch.cuda.get_device_name(task.device),
+        "threads": torch.get_num_threads(),
+        "dtype": run.dtype,
+        "parameters": task.shared.size,
+        "cohort": cohort,
+        "clients": len(experiment.participants),
+        "evaluate_every": evaluation.every,
+        "evaluate_clients_every": evaluation.clients_every,
+        "checkpoint_every": run.checkpoint.every or cost.every(),
+        "versions": {
+            "fedsim": __version__, "python": platform.python_version(), "torch": str(torch.__version__),
+            "numpy": np.__version__, "flwr": version("flwr"),
+        },
+    }  # fmt: skip
+    return replace(experiment, plan=plan, evaluation=evaluation, config=config)
+
+
+def _needs_rows(experiment: Experiment, evaluation: Evaluation) -> str | None:
+    """Say who needs the rows of the updates; None lets the engine sum them as they come."""
+    rule = experiment.strategy
+    if not isinstance(rule, LinearRule):
+        return type(rule).__name__
+    if getattr(rule, "needs_rows", False):
+        return type(rule).__name__
+    if experiment.uplink is not None and experiment.uplink.needs_rows:
+        return experiment.uplink.needs_rows
+    if evaluation.cosines:
+        return "metrics.cosines"
+    if evaluation.decomposition_every:
+        return "metrics.decomposition_every"
+    return None
+
+
+def check_evaluation(experiment: Experiment) -> None:
+    """Refuse what could never be evaluated, and stops that could never be reached: they would pass in silence."""
+    run = experiment.settings
+    own = {LOCAL: "parameters", BUFFER: "running statistics"}
+    personal = next((own[p] for p in own if any(name.startswith(p) for name in experiment.task.store.first)), None)
+    asked = {"target_accuracy": run.target_accuracy, "early_stopping.patience": run.early_stopping.patience}
+    stops = [name for name, value in asked.items() if value is not None]
+    for name in stops:
+        if not len(experiment.dataset.splits.get("validation", ())):
+            raise UserError(f"{name} reads the validation split, which is empty: set data.validation above 0")
+    if personal is None:
+        return
+    if experiment.evaluation.decomposition_every:
+        stops.append("metrics.decomposition_every")
+    for name in stops:
+        raise UserError(f"{name} needs one global model, but here clients keep {personal}")
+    if not (experiment.splits.test.sizes[~experiment.splits.held_out] > 0).any():
+        raise UserError(f"clients keep {personal}, so each is evaluated on its own test data: set partition.local_test")
+
+
+def check_cohort(experiment: Experiment) -> None:
+    """Refuse cohorts that nobody can draw, and rules that need more clients than there are."""
+    if not len(experiment.participants):
+        raise UserError("partition: no client may train: all are held out or have no samples")
+    if not experiment.task.shared.size and not hasattr(experiment.strategy, "local_parameters"):
+        raise UserError("model.local keeps every parameter with the clients: nothing is shared; use strategy=local")
+    rule = experiment.strategy
+    if hasattr(rule, "check"):
+        try:
+            rule.check(experiment.num_participants)
+        except ValueError as error:
+            raise UserError(f"strategy: {error}") from error
+    if hasattr(experiment.sampler, "check"):
+        try:
+            experiment.sampler.check(experiment.cohort_size, experiment.participants)
+        except ValueError as error:
+            raise UserError(f"sampler: {error}") from error
+
+
+@dataclass(frozen=True)
+class CheckpointCost:
+    """How often to store the state: every round where its cost is a twentieth of the round's or less.
+
+    Counted, not timed, so that the same config stores in the same rounds on every machine: 100 µs a local step,
+    2·10¹⁰ operations a second, 0.5 ms and 1 ns a byte a checkpoint.
+    """
+
+    steps: float  # local steps a round
+    samples: float  # samples passed forward and backward a round
+    parameters: int
+    bytes: int  # of a checkpoint
+
+    def every(self) -> int:
+        """Return the rounds between checkpoints, ≥ 1."""
+        work = self.steps * 1e-4 + 6 * self.parameters * self.samples / 2e10
+        return max(1, math.ceil((5e-4 + self.bytes * 1e-9) / (0.05 * work)))
