@@ -60,6 +60,7 @@ class Evaluation:
     cosines: bool = False  # and each update's cosine to the mean, for which the engine must hold the rows
     calibration: bool = True  # expected calibration error
     calibration_bins: int = 15  # ≥ 1
+    finetune_steps: int = 0  # local steps after which clients are tested once more, each on its own model; 0: never
     decomposition_every: int = 0  # rounds between decompositions of the loss; 0: never
     decomposition_samples: int = 5000  # at most, of all clients' training data, ≥ 1
 
@@ -70,6 +71,7 @@ class Evaluation:
         _check(often is None or often >= 0, "metrics.clients_every", ">= 0, or null for the budget", often)
         _check(0 < self.share <= 1, "metrics.share", "in (0, 1]", self.share)
         _check(self.calibration_bins >= 1, "metrics.calibration_bins", ">= 1", self.calibration_bins)
+        _check(self.finetune_steps >= 0, "metrics.finetune_steps", ">= 0", self.finetune_steps)
         _check(self.decomposition_every >= 0, "metrics.decomposition_every", ">= 0", self.decomposition_every)
         _check(self.decomposition_samples >= 1, "metrics.decomposition_samples", ">= 1", self.decomposition_samples)
 
