@@ -75,8 +75,8 @@ def draw(
     if shared is None:
         _draw(counts, Path(path), class_names, client_names, title)
         return
-    names = [None if given is None else list(map(str, given)) for given in (class_names, client_names)]
-    what = repr((counts.shape, names, title)).encode() + counts.tobytes()
+    texts = [None if given is None else list(map(str, given)) for given in (class_names, client_names)]
+    what = repr((counts.shape, texts, title)).encode() + counts.tobytes()
     known = shared / f"{hashlib.blake2b(what, digest_size=12).hexdigest()}{Path(path).suffix}"
     if not known.exists():
         _draw(counts, Path(path), class_names, client_names, title)
