@@ -32,7 +32,7 @@ def planned(experiment: Experiment, config: Mapping[str, Any]) -> Experiment:
     evaluation: Evaluation = experiment.evaluation.resolve(
         samples,
         sum(len(p) for name, p in experiment.dataset.splits.items() if name not in ("train", "backdoor")),
-        int(experiment.splits.test.sizes.sum()),
+        int(experiment.splits.test.sizes.sum()) + _tuning_samples(experiment),
     )
     why = _needs_rows(experiment, evaluation)
     state = sum(value.numel() for value in task.store.first.values()) * cohort
@@ -56,6 +56,14 @@ def planned(experiment: Experiment, config: Mapping[str, Any]) -> Experiment:
         },
     }  # fmt: skip
     return replace(experiment, plan=plan, evaluation=evaluation, config=config)
+
+
+def _tuning_samples(experiment: Experiment) -> int:
+    """Return how many evaluated samples fine-tuning all clients once is worth: a trained one is worth three."""
+    splits = experiment.splits
+    sizes = np.where(splits.held_out, splits.test.sizes // 2, splits.train.sizes)  # (K,)
+    batch = np.minimum(sizes, experiment.task.training.batch_size or sizes.max())
+    return 3 * experiment.evaluation.finetune_steps * int(batch.sum())
 
 
 def _needs_rows(experiment: Experiment, evaluation: Evaluation) -> str | None:
