@@ -5,7 +5,9 @@ import doctest
 import importlib
 import json
 import re
+import shutil
 import struct
+import subprocess
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -309,6 +311,30 @@ def test_a_page_of_a_real_run(tmp_path):
         assert f"<h2>{title}</h2>" in text
     assert page.seen["image"] >= 2
     assert "cosine mean" in text
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_draws_it_without_a_complaint_or_a_request(sweep, tmp_path):
+    def complaints(page: Path) -> list[str]:
+        picture = page.with_suffix(".png")
+        words = [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--window-size=1200,2000",
+            f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", page.as_uri(),
+        ]  # fmt: skip
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        assert picture.stat().st_size > 5_000, done.stderr
+        return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    text, _ = report([sweep], out=tmp_path / "page.html")
+    assert complaints(tmp_path / "page.html") == []
+    planted = tmp_path / "planted.html"
+    planted.write_text(text.replace("</body>", '<img src="http://example.invalid/x.png"></body>'))
+    assert any("example.invalid" in line for line in complaints(planted))  # its own policy forbids it
 
 
 # ---- drawings

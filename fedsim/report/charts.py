@@ -157,11 +157,11 @@ def _decades(low: float, high: float) -> list[float]:
 
 
 def _short(value: float) -> str:
-    """Return a tick's number: 1e-05, 0.25, 1500, 2M."""
+    """Return a tick's number: 1e−05, −0.25, 1500, 2M."""
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit and abs(value) < 1e13:
-            return f"{value / (1e3 if letter == 'k' else limit):g}{letter}"
-    return f"{value:g}"
+            return f"{value / (1e3 if letter == 'k' else limit):g}{letter}".replace("-", "−")
+    return f"{value:g}".replace("-", "−")
 
 
 def heat_map(

@@ -159,10 +159,12 @@ def partitions(table: Table) -> str:
         run = table.in_setting(setting)[0].runs[0]
         path = run.folder / "partition.png"
         if path.is_file():
-            drawn.setdefault(path.read_bytes(), f"{setting or 'all runs'}, {_seed_text(run)}")
+            drawn.setdefault(path.read_bytes(), ", ".join(filter(None, (setting, _seed_text(run)))))
     if not drawn:
         return ""
-    text = "Who has how much of which class. One seed of each setting; the others are drawn anew from their seeds."
+    text = "Who has how much of which class."
+    if any(len(group.runs) > 1 for group in table.all):
+        text += " One seed of each setting; the others' partitions follow from their seeds."
     inside = "".join(
         f'<figure class="picture"><img alt="partition, {escape(name, quote=True)}" src="{data_uri(png)}">'
         f"<figcaption>{escape(name)}</figcaption></figure>"

@@ -44,7 +44,7 @@ def results(comparison: Comparison, table: Table) -> str:
                 text += f"<small>{by} ± {half}, p {_equals(tables.p_value(cell.p))}{verdict}</small>"
             elif method == comparison.baseline and len(table.methods) > 1:
                 text += "<small>baseline</small>"
-            row.append(f'<td class="best">{text}</td>' if cell.best else text)
+            row.append(f'<td class="best">{text}</td>' if cell.best and len(table.methods) > 1 else text)
         rows.append(row)
     note = tables.caption(comparison, table)
     if any(cell.difference for cell in comparison.cells.values()):

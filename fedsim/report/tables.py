@@ -169,10 +169,11 @@ def caption(comparison: Comparison, table: Table) -> str:
     """Return what a reader must know to read the table."""
     counts = sorted({len(group.runs) for group in table.all})
     runs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    text = f"{heading(comparison.metric).capitalize()} after the last round, mean of {runs} run{'s' * (counts[-1] > 1)}"
+    text = f"{heading(comparison.metric).capitalize()} after the last round"
     if counts[-1] > 1:
-        text += " ± half of the 95 % interval (Student's t)"
-    text += f"; bold: the best{' and all not told apart from it' if counts[-1] > 1 else ''}"
+        text += f", mean of {runs} runs ± half of the 95 % interval (Student's t)"
+    if len(table.methods) > 1:
+        text += f"; bold: the best{' and all not told apart from it' if counts[-1] > 1 else ''}"
     if any(cell.p is not None for cell in comparison.cells.values()):
         text += f"; *: differs from {comparison.baseline} (paired over seeds, Holm-adjusted p ≤ 0.05)"
     return text + "."
