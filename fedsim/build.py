@@ -18,6 +18,7 @@ from fedsim.config import Config, instantiate, plain, settings
 from fedsim.construct import locate
 from fedsim.contracts import Dataset, Partition
 from fedsim.data.check import check_dataset
+from fedsim.data.kept import kept
 from fedsim.data.splits import ClientSplits, split_clients, validation_split
 from fedsim.engine.auto import make_engine
 from fedsim.engine.mimic import Mimic
@@ -106,7 +107,8 @@ def data(config: Config, parts: Parts | None = None) -> tuple[Dataset, Partition
     run = settings(config)
     dataset = parts.get("data")
     if not isinstance(dataset, Dataset):
-        dataset = dataset() if callable(dataset) else instantiate(_without(config.data, "validation"), "data")
+        source = _without(config.data, "validation")
+        dataset = dataset() if callable(dataset) else kept(source, lambda: instantiate(source, "data"))
     dataset = check_dataset(dataset)
     seed = _seed(config.partition.seed, run)
     try:

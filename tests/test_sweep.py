@@ -269,7 +269,7 @@ def test_parquet_holds_every_kind_of_value(tmp_path):
 def tell(shown):
     shown.begin(3, 1, 2)
     shown.heard(Event("begin", "1-b", {"folder": "x"}))
-    shown.heard(Event("start", "1-b", {"total": 10, "done": 0}))
+    shown.heard(Event("start", "1-b", {"total": 10, "done": 2}))
     shown.heard(Event("round", "1-b", {"round": 4, "accuracy": 0.25, "loss": 2.0}))
     shown.heard(Event("warn", "1-b", {"line": "careful [now]"}))
 
@@ -308,7 +308,7 @@ def test_the_live_table_shows_what_runs():
         drawn.print(shown._draw())
         picture = drawn.file.getvalue()
     (running,) = [line for line in picture.splitlines() if "1-b" in line]
-    assert running.split() == ["1-b", "running", "4/10", "25.00", "%", "6.0", "s", "left"]
+    assert running.split() == ["1-b", "running", "4/10", "25.00", "%", "12", "s", "left"]  # 4 s for two
     assert any(line.split()[:2] == ["2-c", "failed"] for line in picture.splitlines())
     assert "1/3 done" in picture
     assert "1 failed" in picture

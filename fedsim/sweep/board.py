@@ -193,9 +193,8 @@ class LiveTable(Board):
         if row["state"] == "failed":
             self._console.print(f"{row['trial']}  {what[0]}", style="bold red", markup=False, emoji=False)
         known = row.get(self.figures[0])
-        self._ended.append(
-            (row["trial"], row["state"], "" if known is None else show(self.figures[0], known), what[-1])
-        )
+        figure = "" if known is None else show(self.figures[0], known)
+        self._ended.append((row["trial"], row["state"], figure, "" if row["state"] == "failed" else what[-1]))
 
     def end(self) -> None:
         """Take the table away; what ended is in the results."""

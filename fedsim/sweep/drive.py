@@ -137,9 +137,6 @@ def check(words: Words, config_dir: Path | None, board: Board) -> list[Config]:
     if re.fullmatch(r"cuda:\d+", str(words.fixed_value("device"))):
         raise UserError("device: a sweep gives each worker its GPU; write device=cuda and set CUDA_VISIBLE_DEVICES")
     composed = plans.check(words, config_dir)
-    for config in composed:
-        if config.resume is not None:
-            raise UserError("resume= goes on with a sweep; it cannot be swept")
     for line in dict.fromkeys(line for config in composed for line in notes(config)):
         board.note(line)
     return composed

@@ -14,7 +14,7 @@ from fedsim.sweep.plan import Plan, Trial
 
 _LEFT_OUT = ("plan.", "choices.")  # of the summary: they are the same for many trials, and stand there
 Row = dict[str, Any]
-SHOWN = ("accuracy", "loss", "client_accuracy_mean", "client_accuracy_worst", "validation_accuracy", "seconds.total")
+SHOWN = ("accuracy", "loss", "client_accuracy_mean", "client_accuracy_worst", "seconds.total")
 """What the table on the screen has of each point's figures."""
 
 

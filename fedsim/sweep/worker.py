@@ -26,6 +26,8 @@ from fedsim import simulation
 from fedsim.config import compose
 from fedsim.console import Plain
 from fedsim.errors import UserError
+from fedsim.contracts import Dataset
+from fedsim.data.kept import keeping
 from fedsim.folder import locked
 from fedsim.partition.picture import drawn_once
 from fedsim.sweep.plan import setting
@@ -86,7 +88,7 @@ def serve(pipe: connection.Connection, environ: Mapping[str, str], folder: str) 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the parent decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
     gc.freeze()  # what was loaded before the fork is never looked through again
-    threads = torch.get_num_threads()
+    threads, data = torch.get_num_threads(), dict[str, Dataset]()
     while True:
         try:
             job = pipe.recv()
@@ -94,7 +96,8 @@ def serve(pipe: connection.Connection, environ: Mapping[str, str], folder: str) 
             return
         try:
             torch.set_num_threads(threads)  # a run's model is made before the run has set its own
-            _do(job, pipe)
+            with keeping(data):
+                _do(job, pipe)
         except BrokenPipeError:
             return
         gc.collect()
