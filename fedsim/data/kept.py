@@ -1,4 +1,4 @@
-"""A data set that is kept from one run to the next of the same process: the trials of a sweep differ in other things."""
+"""A data set that is kept from one run of a process to the next: the trials of a sweep differ in other things."""
 
 from __future__ import annotations
 

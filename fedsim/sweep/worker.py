@@ -25,9 +25,9 @@ import torch
 from fedsim import simulation
 from fedsim.config import compose
 from fedsim.console import Plain
-from fedsim.errors import UserError
 from fedsim.contracts import Dataset
 from fedsim.data.kept import keeping
+from fedsim.errors import UserError
 from fedsim.folder import locked
 from fedsim.partition.picture import drawn_once
 from fedsim.sweep.plan import setting
