@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from fedsim.strategies.yoked import Yoked
 from fedsim.testing import apply_rule, build_rule, cohort_of, strategy_names
@@ -67,7 +68,8 @@ def test_shapes_that_do_not_fit_are_named():
 @pytest.fixture(scope="module")
 def config_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("configs")
-    lines = "defaults: [{model: mlp}, {compressor: none}, {client: sgd}, {strategy: fedavg}, _self_]\nhydra: {searchpath: ['pkg://fedsim.configs']}\n"
+    defaults = "[{model: mlp}, {compressor: none}, {client: sgd}, {strategy: fedavg}, _self_]"
+    lines = f"defaults: {defaults}\nhydra: {{searchpath: ['pkg://fedsim.configs']}}\n"
     (folder / "main.yaml").write_text(lines)
     return str(folder)
 
@@ -93,13 +95,13 @@ def test_a_strategy_pairs_itself_with_its_client(config_dir, overrides, pair):
     assert targets(config_dir, *overrides) == pair
 
 
-VARIANTS = ("fedavgm", "fedld_rate", "fedhyper_g_cl")  # a rule under other numbers, or around another rule
+VARIANTS = ("fedavgm", "fedld_rate")  # FedAvg under other numbers
 
 
 @pytest.mark.parametrize("name", strategy_names())
 def test_yaml_lists_every_argument_with_its_default(name, config_dir):
     with initialize_config_dir(config_dir=config_dir, version_base="1.3"):
-        config = dict(compose("main", overrides=[f"strategy={name}"]).strategy)
+        config = OmegaConf.to_container(compose("main", overrides=[f"strategy={name}"]).strategy)
     if name == "fedld_yoked":  # needs a recorded run
         assert set(config) - {"_target_"} == {field.name for field in dataclasses.fields(Yoked) if field.init}
         return
@@ -111,4 +113,5 @@ def test_yaml_lists_every_argument_with_its_default(name, config_dir):
         missing = dataclasses.MISSING
         required = {f.name for f in listed if f.default is missing and f.default_factory is missing}
         plain = type(rule)(**{f: getattr(rule, f) for f in required})
-        assert {f: getattr(rule, f) for f in fields} == {f: getattr(plain, f) for f in fields}
+        own = fields - {"rule"}  # a wrapper's YAML may choose what it wraps
+        assert {f: getattr(rule, f) for f in own} == {f: getattr(plain, f) for f in own}
