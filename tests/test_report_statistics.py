@@ -54,7 +54,7 @@ def test_few_and_equal_runs():
     assert paired([0.5], [0.4]) is None
     assert paired([], []) is None
     assert paired([0.9, 0.8], [0.9, 0.8]).p == 1  # the same method under another name
-    assert paired([0.9, 0.8, 0.7], [0.8, 0.7, 0.6]).p == 0  # equal up to rounding: no spread
+    assert paired([0.9, 0.8, 0.7], [0.8, 0.7, 0.6]).p == 0.25  # no spread but rounding: 3 of 3 signs agree, 2 / 2³
     assert paired([0.0, 0.0], [0.0, 0.0]).p == 1
 
 

@@ -91,8 +91,8 @@ class Paired:
 def paired(a: Sequence[float] | Float, b: Sequence[float] | Float) -> Paired | None:
     """Test a − b, pair by pair; None for fewer than two pairs, which say nothing about chance.
 
-    Differences that all agree to rounding have no spread: p is 1 where they are 0 (the same method under two
-    names) and 0 elsewhere.
+    Differences that all agree to rounding have no spread, so Student's t does not exist: p is 1 where they are 0 (the
+    same method under two names), and that of the sign test elsewhere, 2 · 2⁻ⁿ.
     """
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)  # (n,)
     difference = x - y  # (n,)
@@ -104,7 +104,7 @@ def paired(a: Sequence[float] | Float, b: Sequence[float] | Float) -> Paired | N
         8 * np.finfo(np.float64).eps * max(float(np.maximum(abs(x), abs(y)).max()), float(np.finfo(np.float64).tiny))
     )
     if deviation <= rounding:
-        return Paired(mean, 0.0, 1.0 if abs(mean) <= rounding else 0.0, count)
+        return Paired(mean, 0.0, 1.0 if abs(mean) <= rounding else 2.0 ** (1 - count), count)
     error = deviation / math.sqrt(count)
     p = 1 - t_inside(abs(mean) / error, count - 1)
     return Paired(mean, t_quantile(LEVEL, count - 1) * error, max(p, 0.0), count)

@@ -98,7 +98,7 @@ def choose_baseline(table: Table, wanted: str | None) -> str:
         if wanted not in table.methods:
             raise UserError(f"--baseline {wanted}: no such method{did_you_mean(wanted, table.methods)}")
         return wanted
-    return "fedavg" if "fedavg" in table.methods else table.methods[0]
+    return next((method for method in table.methods if method.split()[0] == "fedavg"), table.methods[0])
 
 
 def choose_metric(table: Table, wanted: str | None) -> str:
