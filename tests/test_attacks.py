@@ -648,3 +648,9 @@ def test_an_attack_on_a_flower_strategy(tmp_path):
     clean = run(tmp_path / "b", "strategy=flower/fedavg", num_rounds=2)
     assert not same(result, clean)
     assert result.rounds[-1]["num_byzantine"] > 0
+
+
+def test_an_attack_of_ones_own(tmp_path):
+    result = run(tmp_path / "a", "attack.fraction=0.3", attack=SignFlip(scale=2.0), strategy=Spy([]))
+    named = run(tmp_path / "b", "attack=sign_flip", "attack.scale=2", "attack.fraction=0.3", strategy=Spy([]))
+    assert same(result, named)
