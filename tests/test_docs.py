@@ -1,6 +1,7 @@
 """What the documents say is so: links lead somewhere, commands run, code runs, tables agree with the configs."""
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 
 from fedsim import catalogue, cli
 
@@ -39,7 +41,7 @@ def test_paths_exist(page):
     """`fedsim/rng.py`, `configs/client/`, and `test_rng.py` beside the tests."""
     missing = []
     for span in SPAN.findall(page.read_text()):
-        in_tree = re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w/.]*", span) and "/x." not in span and "test_x" not in span
+        in_tree = re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[a-z0-9_/.]*", span) and "/x." not in span and "test_x" not in span
         if in_tree and not (ROOT / span).exists():
             missing.append(span)
         if (
@@ -119,7 +121,7 @@ def _blocks(page):
 
 def _capped(words):
     """The same command with few rounds; a resumed run may have twice as many."""
-    if words[0] != "run":
+    if words[0] not in ("run", "sweep"):
         return words
     most = 2 * MOST_ROUNDS if any(word.startswith("resume=") for word in words) else MOST_ROUNDS
     kept = [word for word in words if not word.startswith("num_rounds=")]
@@ -193,6 +195,29 @@ def test_the_output_shown_is_what_a_run_prints(tmp_path, monkeypatch, capsys):
         }
 
     assert labels(shown) <= labels(printed)
+
+
+FULL = (
+    ["partition.held_out_clients=0.2", "metrics.cosines=true", "metrics.decomposition_every=1"],
+    ["mode=async", "devices=lognormal", "attack=sign_flip", "attack.fraction=0.3"],
+)
+
+
+@pytest.mark.parametrize("words", FULL, ids=" ".join)
+def test_every_column_is_explained(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "num_rounds=2", "hydra.run.dir=run", *words]) == 0, capsys.readouterr().err
+    rows = [json.loads(line) for line in Path("run/rounds.jsonl").read_text().splitlines()]
+    columns = {name for row in rows for name in row} | set(parquet.read_schema("run/clients.parquet").names)
+    explained = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "metrics.md").read_text()))
+    families = [(r"recall_\d+", "recall_0"), (r"(client|held_out|honest)_(?=accuracy_)", ""), (r"_q\d$", "_q1")]
+
+    def known(name):
+        for pattern, form in families:
+            name = name if name in explained else re.sub(pattern, form, name)
+        return name in explained
+
+    assert sorted(name for name in columns if not known(name)) == []
 
 
 @pytest.mark.parametrize("line", re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE))
