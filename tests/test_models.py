@@ -256,4 +256,6 @@ def test_each_config_lists_its_targets_arguments_and_defaults(path):
         for n, p in arguments.items()
         if n not in ("input_shape", "num_classes")
     }
+    if path.stem == "mlp_bn":  # the mlp with one argument turned on
+        assert config.pop("batch_norm") is not defaults.pop("batch_norm")
     assert config == defaults
