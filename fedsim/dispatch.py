@@ -102,7 +102,7 @@ class Dispatcher:
         arrivals, self.flight = mode(round, self.flight, self.server)
         if mode.stale:
             self.versions.add(round - 1, weights, broadcast())
-            self.versions.keep({round - 1, *self.flight.versions.tolist(), *arrivals.received.tolist()})
+            self.versions.keep({*self.flight.versions.tolist(), *arrivals.received.tolist()})
         self.arrivals = arrivals
         return arrivals
 

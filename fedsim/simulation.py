@@ -266,6 +266,7 @@ def _summary(experiment: Experiment, loop: Loop, *, setup: float, rounds: float)
         "choices": experiment.config["hydra"]["runtime"]["choices"],
         **{name: value for name, value in loop.last_known.items() if not name.startswith("recall_")},
         "best_validation": {name: best.get(name) for name in ("round", "validation_accuracy", "accuracy", "loss")},
+        "simulated_seconds": rows[-1].get("simulated_seconds") if rows else None,
         "bytes_up": sum(row.get("bytes_up") or 0 for row in rows),
         "bytes_down": sum(row.get("bytes_down") or 0 for row in rows),
         "num_dropped": sum(row.get("num_dropped") or 0 for row in rows),
