@@ -295,6 +295,33 @@ def test_what_cannot_be_batched_is_named_and_auto_falls_back():
     assert "h.sum() > 0" in reason
 
 
+@dataclass(frozen=True)
+class Peeks:
+    """A loss that asks for a tensor's value; `broadcast` hides that until a rule has sent something."""
+
+    hidden: bool = False
+
+    def loss(self, model, params, batch, context):
+        loss = nn.functional.cross_entropy(model(params, batch.x), batch.y)
+        if self.hidden:
+            loss = loss * context.broadcast["factor"]
+        return (2 * loss if loss.item() > 1 else loss), {}
+
+
+def test_an_objective_that_cannot_be_batched_is_named_too():
+    task, _ = make_task(objective=Peeks())
+    engine, reason = make_engine(task, "auto", cohort=6, threads=1)
+    assert engine.plan["engine"] == "sequential"
+    assert "loss.item() > 1" in reason
+
+
+def test_an_objective_that_shows_only_in_training_that_it_cannot_be_batched_is_no_clients_failure():
+    task, weights = make_task(objective=Peeks(hidden=True))
+    job = make_job(task, weights, broadcasts={0: {"factor": 2.0}})
+    with pytest.raises(UserError, match=r"loss\.item\(\) > 1.*engine=sequential runs it"):
+        Trainer(Vectorized(task), on_client_error="drop").collect(job)
+
+
 def test_batch_norm_is_refused_with_the_reason():
     task, _ = make_task()
     task = replace(task, buffers=Layout(("running_mean",), ((3,),)))

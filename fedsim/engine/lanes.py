@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import re
 import traceback
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.engine.batches import Step
 from fedsim.engine.fused import convert
 from fedsim.engine.gradients import FusedGradient, GenericGradient, Gradient
 from fedsim.engine.model import Functional
-from fedsim.engine.task import Task
+from fedsim.engine.situation import Situation
+from fedsim.engine.task import BUFFER, LOCAL, Task
 from fedsim.layout import Params
 
 _INSIDE = re.compile(r"/(torch|fedsim/engine)/")  # files that are not the user's
@@ -32,6 +36,7 @@ def lanes(task: Task, kernels: str, count: int) -> list[Gradient]:
     # pass over a branch on a tensor's value, which `vmap` refuses.
     generic = [GenericGradient(task, copy.deepcopy(task.module), mixes_samples=mixes) for _ in range(count)]
     _same_logits(task, generic[0])
+    _try_loss(task, generic[0])
     alone = not any(hasattr(task.objective, name) for name in ("loss", "direction", "finish"))
     if kernels != "generic" and alone and not generic[0].whole:
         fused = [
@@ -87,6 +92,42 @@ def _same_logits(task: Task, gradient: Gradient) -> bool:
     finally:
         task.module.train()
     return bool(torch.allclose(alone, together, rtol=1e-3, atol=1e-4 * float(alone.abs().max())))
+
+
+def _try_loss(task: Task, gradient: GenericGradient) -> None:
+    """Differentiate two rows' loss once.
+
+    Raises:
+        ValueError: the objective asks for a tensor's value, which no batched program has.
+
+    """
+    params, x = _two_rows(task)
+    size = x.shape[1]
+    samples = torch.arange(2 * size, device=task.device).view(2, size)
+    weights = torch.full((2, size), 1 / size, dtype=task.dtype, device=task.device)
+    step = Step(0, samples, samples, weights, weights.sum(1) * size, np.full(2, size))
+    own = {name: value for name, value in task.store.first.items() if not name.startswith((LOCAL, BUFFER))}
+    keys = torch.zeros(2, dtype=torch.int64, device=task.device)
+    stacked: dict[str, Any] = {
+        "received": {name: params[name] for name in task.shared.names},
+        "client_state": {name: torch.stack([value, value]).to(task.device) for name, value in own.items()},
+        "num_steps": torch.ones(2, dtype=torch.int64, device=task.device),
+        "num_samples": torch.full((2,), size, device=task.device),
+        "key": keys,
+    }
+    gradient.begin((*task.shared.names, *task.local.names), task.training, task.training.lr, 0.0)
+    try:
+        gradient(params, x, step, keys, Situation(task, 0, task.training.lr, stacked, {}))
+    except RuntimeError as error:
+        if batching(error):
+            raise ValueError(f"clients cannot be batched: {users_line(error)}") from error
+    except (KeyError, AttributeError):
+        return  # it reads what the rule will send, which is not known yet: the first round will tell
+
+
+def batching(error: RuntimeError) -> bool:
+    """Say whether an error is `torch.func`'s: something in the user's code cannot be batched."""
+    return "vmap" in str(error) or "functorch" in str(error)
 
 
 def users_line(error: BaseException) -> str:

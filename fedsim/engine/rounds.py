@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Streamed, Sums
 from fedsim.engine.task import Block, Engine, Job
-from fedsim.errors import ClientError
+from fedsim.errors import ClientError, UserError
 from fedsim.linalg import finite_rows
 from fedsim.local import Int64
 
@@ -149,7 +149,7 @@ class Trainer:
         started = time.perf_counter()
         try:
             return job, self.engine.train(job, out), out
-        except torch.OutOfMemoryError:  # the machine's failure, not a client's
+        except (torch.OutOfMemoryError, UserError):  # the machine's failure or the config's, not a client's
             raise
         except Exception:
             if not self._failing(job, out):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fedsim.engine.chunk import Chunk, Plan
-from fedsim.engine.lanes import lanes
+from fedsim.engine.lanes import batching, lanes, users_line
 from fedsim.engine.task import Block, Job, Task, local_round
+from fedsim.errors import UserError
 from fedsim.local import Int64, moving
 
 CHUNK_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 28}  # of a chunk's weights: on a CPU they should stay in cache
@@ -84,6 +85,10 @@ class Vectorized:
                     Chunk(task, job, plans, rows, gradient).train(room, block)
                     if not in_place:
                         out[torch.from_numpy(rows).to(out.device)] = room
+            except RuntimeError as error:
+                if not batching(error):
+                    raise
+                raise UserError(f"engine=vectorized: {users_line(error)}; engine=sequential runs it") from error
             finally:
                 self._lanes.put(gradient)
 
