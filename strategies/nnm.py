@@ -57,7 +57,7 @@ class NNM(PreAggregator):
     def mix(self, cohort: Cohort) -> tuple[Cohort, Metrics]:
         """Return the cohort of neighbourhood means; nothing is measured."""
         kept = len(cohort) - min(self.num_byzantine, (len(cohort) - 1) // 2)
-        distances = square_distances(cohort.rows).fill_diagonal_(-1)  # (K, K) itself before its twins
+        distances = square_distances(cohort.rows)  # (K, K)
         nearest = distances.argsort(dim=1, stable=True)[:, :kept]  # (K, K − f)
         matrix = torch.zeros_like(distances).scatter(1, nearest, 1 / kept)  # (K, K)
         return replace(cohort, updates=mixed(cohort, matrix)), {}

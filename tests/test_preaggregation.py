@@ -89,7 +89,7 @@ def test_nnm_by_hand():
     assert NNM(num_byzantine=0).mix(cohort_of([[0.0], [8.0]]))[0].rows.flatten().tolist() == [4, 4]
 
 
-def test_nnm_counts_itself_among_twins():
+def test_nnm_among_twins():
     """Of four equal updates and a far one each keeps four; the far one takes itself and the lowest three."""
     mixed, _ = NNM(num_byzantine=1).mix(cohort_of([[4.0], [0.0], [0.0], [0.0], [0.0]]))
     assert mixed.rows.flatten().tolist() == [1, 0, 0, 0, 0]
