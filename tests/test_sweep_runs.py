@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,31 @@ def test_a_trial_tells_its_rounds_now_and_then_and_every_warning(monkeypatch, ca
     assert "not finite" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (SystemExit(3), "SystemExit: 3"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (RuntimeError("first line\nsecond"), "first line"),
+        (UserError("partition: too few samples"), "partition: too few samples"),
+        (ValueError("a bug"), "ValueError: a bug"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_a_trial_raises_is_one_line(error, line, here, monkeypatch, capsys):
+    from fedsim.sweep import worker
+
+    def fail(*_):
+        raise error
+
+    told = []
+    monkeypatch.setattr(worker, "_run", fail)
+    worker._do(Job("0", str(here / "0"), (), None), types.SimpleNamespace(send=told.append))
+    ((kind, name, content),) = told
+    assert (kind, name, content["error"]) == ("failed", "0", line)
+    assert "Traceback" in capsys.readouterr().err  # the log's, but for pytest's own streams
+
+
 # ---- kills
 
 
@@ -189,7 +215,7 @@ def workers(folder):
     return [int(text) for text in locks if text and alive(int(text))]
 
 
-def until(holds, seconds=30.0):
+def until(holds, seconds=120.0):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "waited too long"
@@ -216,7 +242,7 @@ def test_no_worker_outlives_a_killed_sweep_and_its_bytes_are_as_never_killed(her
         until(under_way)
         theirs = workers(folder)
         process.send_signal(how)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=60)
         until(lambda theirs=theirs: not any(map(alive, theirs)), 10)
         if how is signal.SIGINT:
             assert process.returncode == 130
