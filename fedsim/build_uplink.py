@@ -85,6 +85,8 @@ def check_uplink(uplink: Uplink, strategy: Any, *, foreign: bool) -> None:
     """
     if foreign:
         raise UserError("attack and compressor act on fedsim's own clients; with client=flower_app use none")
+    if uplink.needs_rows and not uplink.layout.size:
+        raise UserError(f"{uplink.needs_rows} acts on updates, and here no parameter leaves its client")
     adversary = uplink.adversary
     if adversary is None:
         return

@@ -32,6 +32,7 @@ from fedsim.attacks.nonfinite import NonFinite
 from fedsim.attacks.optimised import Optimised, line_maximum
 from fedsim.attacks.random_uniform import Random
 from fedsim.attacks.sign_flip import SignFlip
+from fedsim.build_uplink import check_uplink
 from fedsim.contracts import Dataset, Partition
 from fedsim.errors import UserError
 from fedsim.laws import cohort_of
@@ -39,6 +40,7 @@ from fedsim.layout import Layout
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.krum import Krum
 from fedsim.strategies.median import Median
+from fedsim.uplink import Uplink
 
 SEEDS = range(5)
 STATELESS = [SignFlip(), IPM(), ALIE(), MinMax(), MinSum(), Fang(), Gaussian(), Random(), Drop(), NonFinite()]
@@ -634,6 +636,7 @@ def test_an_attacks_memory_is_resumed(tmp_path):
         (["attack=ipm", "attack.fraction=1.5"], r"attack: fraction must be in \[0, 1\]"),
         (["attack=fang_krum", "strategy=flower/krum"], "FangKrum has to know the server's rule"),
         (["attack=ipm", "strategy=centralized"], "a pooled strategy has no clients"),
+        (["attack=ipm", "strategy=local"], "IPM acts on updates, and here no parameter leaves its client"),
         (["attack=ipm", "attack.epsilon=0"], r"attack.epsilon must be > 0"),
         (["attack=backdoor", "attack.trigger_size=9"], "does not fit inputs"),
     ],
@@ -641,6 +644,13 @@ def test_an_attacks_memory_is_resumed(tmp_path):
 def test_what_cannot_be_is_one_line(tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
         run(tmp_path / "a", *overrides)
+
+
+def test_foreign_clients_are_not_ours_to_attack():
+    uplink = Uplink(Layout.vector([3]), 10, 10, adversary=adversary(SignFlip()))
+    with pytest.raises(UserError, match="with client=flower_app use none"):
+        check_uplink(uplink, FedAvg(), foreign=True)
+    check_uplink(uplink, FedAvg(), foreign=False)
 
 
 def test_an_attack_on_a_flower_strategy(tmp_path):
