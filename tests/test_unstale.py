@@ -245,7 +245,12 @@ class Untouchable:
         raise AssertionError(f"the mimic's {name} was asked for")
 
 
-def rule_cohort(staleness, seed=0, round=50, moved=1.0):
+def rule_cohort(*args, **kwargs):
+    mimic, cohort, _ = cohort_and_data(*args, **kwargs)
+    return mimic, cohort
+
+
+def cohort_and_data(staleness, seed=0, round=50, moved=1.0):
     rng = np.random.default_rng(seed)
     mimic = mimic_of(FULL)
     size, count = mimic.layout.size, len(staleness)
@@ -263,10 +268,11 @@ def rule_cohort(staleness, seed=0, round=50, moved=1.0):
     weights = torch.full((count, 6), 1 / 6, dtype=torch.float64)
     starts = torch.stack([models[int(v)] for v in received])
     rows = mimic.unroll(starts, (x, labels, weights), num_steps=torch.full((count,), 5), round=1, create_graph=False)
-    return mimic, cohort_of(
+    cohort = cohort_of(
         rows, torch.full((count,), 6.0), round=round, staleness=torch.tensor(staleness), models=models,
         received=torch.as_tensor(received), num_steps=torch.full((count,), 5),
     )  # fmt: skip
+    return mimic, cohort, (x, labels, weights)
 
 
 def call(rule, cohort, state=None):
@@ -305,6 +311,21 @@ def test_estimates_take_the_place_of_stale_updates_alone():
     # The inner rule sees a fresh update: its discount does not count twice.
     inner = Unstale(rule=StaleWeighted(), uniqueness=False, iterations=30).bind(mimic=mimic)
     torch.testing.assert_close(call(inner, cohort)[0], delta, rtol=1e-12, atol=1e-14)
+
+
+def test_from_the_clients_own_data_the_estimate_is_the_true_fresh_update():
+    mimic, cohort, (x, labels, weights) = cohort_and_data([0, 4, 0, 8])
+    rule = Unstale(uniqueness=False, size=1.0, iterations=0).bind(mimic=mimic)
+    own = {str(k): {"x": x[k], "z": 1e4 * labels[k]} for k in (1, 3)}
+    state = {**rule.init(cohort.layout, 4), "samples": own}
+    delta, state, metrics = call(rule, cohort, state)
+    assert metrics["inversion_disparity"] < 1e-13
+    newest = cohort.models[49].expand(4, -1)
+    steps = torch.full((4,), 5)
+    fresh = mimic.unroll(newest, (x, labels, weights), num_steps=steps, round=1, create_graph=False)
+    for k in (1, 3):
+        torch.testing.assert_close(state["pending"][f"{k}/49"]["estimate"], fresh[k], rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(delta, fresh.mean(0), rtol=1e-11, atol=1e-13)  # FedAvg as if nobody had been late
 
 
 def test_where_the_model_has_not_moved_a_perfect_estimate_is_the_update():
@@ -422,6 +443,22 @@ def test_no_client_data_is_read(tmp_path):
     seen, unseen = stepped(tmp_path / "a"), stepped(tmp_path / "b", prepare=blind)
     assert seen.strategy.metrics["num_inverted"] == 1
     assert torch.equal(seen.weights, unseen.weights)
+
+
+def test_a_run_goes_on_with_its_samples_and_estimates(tmp_path):
+    whole = stepped(tmp_path / "whole")
+    first = Loop(build(compose([*RUN])), tmp_path / "cut", Observer())
+    for round in range(1, 4):
+        first.step(round)
+    first.save()
+    assert first.strategy.state["samples"]
+    assert first.strategy.state["pending"]
+    second = Loop(build(compose([*RUN])), tmp_path / "cut", Observer())
+    second.load()
+    second.run()
+    for log in (first.rounds, first.times):
+        log.close()
+    assert torch.equal(second.weights, whole.weights)
 
 
 @pytest.mark.parametrize(
