@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedsim.strategies.asyn_tiers import AsynTiers
 from fedsim.strategies.fedasync import FedAsync
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.fedbuff import FedBuff
@@ -77,7 +78,7 @@ def test_fedbuff_divides_by_the_buffer(weighted):
 def test_without_staleness_the_rules_are_fedavg():
     cohort = stale_cohort([0, 0, 0])
     want = step(FedAvg(), cohort)
-    for rule in (StaleWeighted(), FirstOrder(), FedBuff(weighted=True), FedAsync(alpha=1.0)):
+    for rule in (StaleWeighted(), FirstOrder(), FedBuff(weighted=True), FedAsync(alpha=1.0), AsynTiers()):
         np.testing.assert_allclose(step(rule, cohort), want, **EXACT)
     assert np.array_equal(step(FirstOrder(), cohort), want)
 
@@ -99,6 +100,36 @@ def test_first_order_by_hand():
     np.testing.assert_array_equal(step(FirstOrder(compensation=0.0), stale_cohort([5])), stale_cohort([5]).rows[0])
 
 
+def test_tiers_by_hand():
+    """Two tiers, 3 : 1 updates: the fast tier's model weighs 1/4, the slow one's 3/4."""
+    rule = AsynTiers(bounds=(0,))
+    state = rule.init(cohort_of(np.zeros((1, 1))).layout, 3)
+    state = {"models": {"0": torch.tensor([9.0])}, "counts": {"0": 2}}
+    models = {49: torch.tensor([10.0], dtype=torch.float64), 44: torch.tensor([2.0], dtype=torch.float64)}
+    cohort = stale_cohort([0, 0, 5], rows=[[1.0], [4.0], [0.5]], weights=[2.0, 1.0, 7.0], models=models)
+    delta, state, metrics = rule(cohort, state)
+    # the fast tier is at 10 + (2 · 1 + 4) / 3 = 12, the slow one at 2 + 0.5 = 2.5
+    np.testing.assert_allclose(delta, [12 / 4 + 3 * 2.5 / 4 - 10], **EXACT)
+    assert state["counts"] == {"0": 3, "1": 1}
+    assert metrics["num_tiers"] == 2
+    # In the next round only the fast tier answers; the slow one's model stays and has weight 4/5.
+    models = {50: torch.tensor([20.0], dtype=torch.float64)}
+    later = cohort_of([[1.0]], round=51, models=models, received=torch.tensor([50]), staleness=torch.tensor([0]))
+    np.testing.assert_allclose(rule(later, state)[0], [21 / 5 + 4 * 2.5 / 5 - 20], **EXACT)
+
+
+def test_tier_bounds_are_the_last_of_their_tier():
+    _, state, _ = AsynTiers(bounds=(0, 20))(stale_cohort([0, 1, 20, 21, 40]), {"models": {}, "counts": {}})
+    assert state["counts"] == {"0": 1, "1": 1, "2": 1}
+    three = stale_cohort([0, 1, 20])
+    _, state, _ = AsynTiers(bounds=(0, 20))(three, {"models": {}, "counts": {}})
+    want = sum(
+        float(n) * (three.models[49 - t] + row)
+        for n, t, row in zip(three.weights[1:], [1, 20], three.rows[1:], strict=True)
+    )
+    np.testing.assert_allclose(state["models"]["1"], want / float(three.weights[1:].sum()), **EXACT)
+
+
 def test_they_wrap_any_rule():
     cohort = stale_cohort([0, 20, 40], rows=[[1.0], [4.0], [40.0]])
     assert step(StaleWeighted(rule=Median()), cohort) == 2  # of 1, 2, 10
@@ -114,7 +145,8 @@ def test_a_version_that_is_missing_is_named():
     [
         lambda: FedAsync(alpha=0.0), lambda: FedAsync(alpha=1.1), lambda: FedAsync(discount="linear"),
         lambda: FedBuff(server_lr=0.0), lambda: FedBuff(a=0.0), lambda: FedBuff(b=-1.0),
-        lambda: StaleWeighted(half_life=0.0), lambda: FirstOrder(compensation=-1.0),
+        lambda: StaleWeighted(half_life=0.0), lambda: AsynTiers(bounds=(5, 0)), lambda: AsynTiers(bounds=()),
+        lambda: FirstOrder(compensation=-1.0),
     ],
 )  # fmt: skip
 def test_arguments_out_of_their_range_are_refused(make):
