@@ -41,7 +41,9 @@ def test_paths_exist(page):
     """`fedsim/rng.py`, `configs/client/`, and `test_rng.py` beside the tests."""
     missing = []
     for span in SPAN.findall(page.read_text()):
-        in_tree = re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[a-z0-9_/.]*", span) and "/x." not in span and "test_x" not in span
+        in_tree = (
+            re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[a-z0-9_/.]*", span) and "/x." not in span and "test_x" not in span
+        )
         if in_tree and not (ROOT / span).exists():
             missing.append(span)
         if (
