@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.clock import Clock, samples_passed
 from fedsim.config import Config, instantiate, plain
@@ -71,6 +70,10 @@ def training_flops(task: Task) -> float:
     Products of matrices and convolutions count, as `torch.utils.flop_counter` does; six a parameter where a model has
     none (Kaplan et al., 2020, §2.1).
     """
+    from torch.utils.flop_counter import (
+        FlopCounterMode,
+    )  # here: it takes a second to import, and most runs have no clock
+
     task.module.eval()
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
         task.module(task.x[:2]).sum().backward()

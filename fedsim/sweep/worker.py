@@ -38,7 +38,6 @@ for _name in (
     "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.PngImagePlugin",  # the partition's picture
     "pandas", "pyarrow.parquet",  # clients.parquet; pyarrow looks for pandas
     "sklearn.datasets",  # the digits
-    "torch._dynamo",  # counting a model's operations loads it
 ):  # fmt: skip
     with suppress(ImportError):
         import_module(_name)
