@@ -36,7 +36,6 @@ def lanes(task: Task, kernels: str, count: int) -> list[Gradient]:
     # pass over a branch on a tensor's value, which `vmap` refuses.
     generic = [GenericGradient(task, copy.deepcopy(task.module), mixes_samples=mixes) for _ in range(count)]
     _same_logits(task, generic[0])
-    _try_loss(task, generic[0])
     alone = not any(hasattr(task.objective, name) for name in ("loss", "direction", "finish"))
     if kernels != "generic" and alone and not generic[0].whole:
         fused = [
@@ -46,6 +45,7 @@ def lanes(task: Task, kernels: str, count: int) -> list[Gradient]:
             return list(fused)
     if kernels == "fused":
         raise ValueError("kernels=fused: a layer has no fused kernel, or the objective is more than a criterion")
+    _try_loss(task, generic[0])
     return list(generic)
 
 
