@@ -11,7 +11,6 @@ from torch import Tensor
 from fedsim.attacks.contract import View
 from fedsim.contracts import State
 
-
 VALUES = {"infinity": float("inf"), "not_a_number": float("nan")}
 
 
