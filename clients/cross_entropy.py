@@ -28,6 +28,10 @@ class CrossEntropy:
         loss: Tensor = linalg.vecdot(weights, sample_losses(logits, targets))  # (…)
         return loss
 
+    def mean_criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the same for one client's logits (B, C) and equal weights."""
+        return functional.cross_entropy(logits, targets)
+
     def soft_criterion(self, logits: Tensor, probabilities: Tensor, weights: Tensor) -> Tensor:
         """Return the loss (…) for labels that are probabilities (…, B, C); `criterion` where they are one-hot."""
         loss: Tensor = linalg.vecdot(weights, -linalg.vecdot(probabilities, logits.log_softmax(-1)))  # (…)

@@ -36,6 +36,10 @@ class FedProx:
         """Return the loss (…) without the proximal term, from logits (…, B, C), targets and weights (…, B)."""
         return CrossEntropy().criterion(logits, targets, weights)  # (…)
 
+    def mean_criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the same for one client's logits (B, C) and equal weights."""
+        return CrossEntropy().mean_criterion(logits, targets)
+
     def soft_criterion(self, logits: Tensor, probabilities: Tensor, weights: Tensor) -> Tensor:
         """Return the same for labels that are probabilities (…, B, C)."""
         return CrossEntropy().soft_criterion(logits, probabilities, weights)  # (…)

@@ -50,3 +50,12 @@ class Margin:
         if self.reduction == "sample":
             return losses + self.margin_lambda * (weights * squares.log1p()).sum(-1)
         return losses + self.margin_lambda * (squares * (weights > 0)).sum(-1).log1p()
+
+    def mean_criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the same for one client's logits (B, C) and equal weights."""
+        loss = CrossEntropy().mean_criterion(logits, targets)
+        if self.margin_lambda == 0:
+            return loss
+        squares = logits.softmax(-1).square().sum(-1)  # (B,)
+        penalty = squares.log1p().mean() if self.reduction == "sample" else squares.sum().log1p()
+        return loss + self.margin_lambda * penalty

@@ -221,6 +221,8 @@ class Objective(Protocol):
             anything else; called for one client and exactly its samples.
 
     Optional members, found by name:
+        mean_criterion(logits (B, C), targets (B,)) -> scalar     the criterion for one client and equal weights,
+                                                  where that is cheaper; taken wherever clients train one by one
         proximal_mu: float                        adds (mu/2)‖w − w_received‖² to the loss
         init_client(layout) -> {name: Tensor}     a client's state before its first round, of fixed shapes
         direction(grads, params, context) -> (direction, step_state)       replaces the gradient in the local step;

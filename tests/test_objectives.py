@@ -141,3 +141,24 @@ def test_arguments_out_of_range_are_named(kind, arguments):
     (name,) = arguments
     with pytest.raises(ValueError, match=name):
         kind(**arguments)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        CrossEntropy(),
+        FedProx(),
+        Margin(margin_lambda=0.3),
+        Margin(margin_lambda=0.3, reduction="sample"),
+        Margin(margin_lambda=0),
+    ],
+    ids=str,
+)
+def test_the_mean_criterion_is_the_criterion_of_equal_weights(objective):
+    rng = torch.Generator().manual_seed(3)
+    for size in (1, 7):
+        logits = 3 * torch.randn(size, 5, generator=rng, dtype=torch.float64)
+        targets = torch.randint(0, 5, (size,), generator=rng)
+        weights = torch.full((size,), 1 / size, dtype=torch.float64)
+        expected = objective.criterion(logits, targets, weights)
+        torch.testing.assert_close(objective.mean_criterion(logits, targets), expected, rtol=1e-14, atol=1e-14)

@@ -16,6 +16,7 @@ from fedsim.engine.situation import Situation
 from fedsim.engine.task import BUFFER, LOCAL, Block, Job, Task, row_keys
 from fedsim.layout import Params
 from fedsim.local import Int64, Schedule
+from fedsim.models.dropout import KeyedDropout
 from fedsim.rng import fold_in
 
 
@@ -51,6 +52,8 @@ class Chunk:
         self.start = job.models[versions[0]] if self.single else torch.stack([job.models[v] for v in versions])
         split = task.shared.split(self.start)
         self.received = {n: v.expand(len(rows), *v.shape) for n, v in split.items()} if self.single else split
+        # An objective of its own may hold a dropout too.
+        self.drops = not gradient.fused or any(isinstance(m, KeyedDropout) for m in task.module.modules())
         self.sent = [job.broadcasts.get(version, {}) for version in versions]
 
     def train(self, out: Tensor, block: Block) -> None:
@@ -101,7 +104,9 @@ class Chunk:
         for step in steps(plan.schedule, self.rows, task.device, task.dtype):
             count = len(step.lengths)
             active = {name: value[:count] for name, value in params.items()}
-            drop = fold_in(fold_in(self.keys[:count], plan.number), step.number)  # (a,)
+            drop = self.keys[:count]  # (a,)
+            if self.drops:
+                drop = fold_in(fold_in(drop, plan.number), step.number)
             losses, grads = self.gradient(active, self._samples(plan, step), step, drop, situation)
             if at_once:
                 if mu:  # what is left of w ← (1 − ημ) w + ημ w_received

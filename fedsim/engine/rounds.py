@@ -111,7 +111,7 @@ class Trainer:
 
         """
         self.bad, self.failures = [], {}
-        size = max(1, min(64, STREAM_BLOCK // max(1, self.task.shared.size)))
+        size = self.engine.block_rows or max(1, min(64, STREAM_BLOCK // max(1, self.task.shared.size)))
         total = torch.zeros(self.task.shared.size, dtype=self.task.dtype, device=self.task.device)
         weight = torch.zeros((), dtype=torch.float64, device=self.task.device)
         parts: list[Cohort] = []

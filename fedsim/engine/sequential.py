@@ -32,6 +32,8 @@ class Sequential:
 
     """
 
+    block_rows = None
+
     def __init__(self, task: Task, *, channels_last: bool | None = None) -> None:
         self.task = task
         if channels_last is None:
@@ -40,6 +42,7 @@ class Sequential:
         self._bind(channels_last)
         self._x = task.x.contiguous(memory_format=torch.channels_last) if channels_last else task.x
         self._mean_weights: dict[int, Tensor] = {}  # size of a batch → its criterion weights
+        self._criterion = _mean_criterion(task.objective) or self._weighted
         self._dropout = any(isinstance(module, KeyedDropout) for module in task.module.modules())
         names = ("loss", "direction", "finish")
         self._simple = not self._dropout and not any(hasattr(task.objective, name) for name in names)
@@ -124,14 +127,14 @@ class Sequential:
 
     def _simple_phase(self, plan: Plan, update: Update, row: int, keys: Tensor, left: Row) -> None:
         """Run the steps of a phase whose loss is a criterion of the logits: the fast path."""
-        module, criterion, enable_grad = self.task.module, self.task.objective.criterion, torch.enable_grad
+        module, criterion, enable_grad = self.task.module, self._criterion, torch.enable_grad
         params = update.optimizer.params
         update.optimizer.reset()
         step = update.optimizer.step if update.free else update
         for x, y in self._batches(plan, row, keys):
             size = y.shape[0]
             with enable_grad():
-                loss = criterion(module(x), y, self._weights(size))
+                loss = criterion(module(x), y)
                 grads = _gradient(loss, params)
             left.losses.append(loss.detach())
             left.counts.append(size)
@@ -181,14 +184,16 @@ class Sequential:
         if hasattr(objective, "loss"):
             value: Tensor = objective.loss(self.model, self.params, Batch(x, y), context)[0]
         else:
-            value = objective.criterion(self.task.module(x), y, self._weights(len(y)))
+            value = self._criterion(self.task.module(x), y)
         return value
 
-    def _weights(self, size: int) -> Tensor:
-        """Return the criterion weights (size,) of a mean."""
+    def _weighted(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Return the criterion of a batch whose samples weigh 1/B each."""
+        size = len(y)
         if size not in self._mean_weights:
             self._mean_weights[size] = torch.full((size,), 1 / size, dtype=self.task.dtype, device=self.task.device)
-        return self._mean_weights[size]
+        loss: Tensor = self.task.objective.criterion(logits, y, self._mean_weights[size])
+        return loss
 
     def _plan(self, job: Job, number: int, phase: Phase | None) -> Plan:
         """Lay out a phase; small cohorts' samples are gathered here at once, others' pass by pass."""
@@ -220,6 +225,16 @@ class Sequential:
                     return
                 left -= 1
                 yield pair
+
+
+def _mean_criterion(objective: Any) -> Any:
+    """Return an objective's cheaper form, unless a class that derives from its own redefines the criterion alone."""
+    for kind in type(objective).__mro__:
+        if "mean_criterion" in vars(kind):
+            return objective.mean_criterion
+        if "criterion" in vars(kind):
+            return None
+    return None
 
 
 def _at(context: Context, step: int, step_state: Mapping[str, Tensor] | None = None) -> Context:

@@ -126,6 +126,7 @@ class Engine(Protocol):
 
     task: Task
     plan: Mapping[str, Any]  # what decided the bits: chunk and block sizes, layouts, threads
+    block_rows: int | None  # rows of a streamed block; None: from a table of shapes
 
     def train(self, job: Job, out: Tensor) -> Block:
         """Train the rows of a job and write their updates w_k − w_received into out (K, D)."""

@@ -17,7 +17,7 @@ from fedsim.engine.task import Block, Job, Task, local_round
 from fedsim.errors import UserError
 from fedsim.local import Int64, moving
 
-CHUNK_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 28}  # of a chunk's weights: on a CPU they should stay in cache
+CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 28}  # of a chunk's weights; measured on B4, 25 to 50 rows win
 CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
 
 
@@ -49,6 +49,7 @@ class Vectorized:
         kind = "cuda" if task.device.type == "cuda" else "cpu"
         size = max(1, task.shared.size + task.local.size)
         self.chunk = chunk or max(1, min(CHUNK_ROWS[kind], CHUNK_ENTRIES[kind] // size))
+        self.block_rows = 4 * self.chunk  # of a streamed block: enough chunks to keep the threads busy
         self._threads = (threads or torch.get_num_threads()) if kind == "cpu" else 1
         self._lanes: SimpleQueue[Any] = SimpleQueue()
         for lane in lanes(task, kernels, self._threads):
