@@ -32,7 +32,7 @@ class Sequential:
 
     """
 
-    block_rows = None
+    block_rows: int | None = None
 
     def __init__(self, task: Task, *, channels_last: bool | None = None) -> None:
         self.task = task

@@ -49,7 +49,7 @@ class Vectorized:
         kind = "cuda" if task.device.type == "cuda" else "cpu"
         size = max(1, task.shared.size + task.local.size)
         self.chunk = chunk or max(1, min(CHUNK_ROWS[kind], CHUNK_ENTRIES[kind] // size))
-        self.block_rows = 4 * self.chunk  # of a streamed block: enough chunks to keep the threads busy
+        self.block_rows: int | None = 4 * self.chunk  # of a streamed block: enough chunks to keep the threads busy
         self._threads = (threads or torch.get_num_threads()) if kind == "cpu" else 1
         self._lanes: SimpleQueue[Any] = SimpleQueue()
         for lane in lanes(task, kernels, self._threads):
