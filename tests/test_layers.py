@@ -47,7 +47,8 @@ STACK = (
     ("loop",),
     ("catalogue", "construct", "misfit", "config", "saved", "timing", "build"),
     ("simulation", "sweep", "report"),
-    ("cli", "testing", "__main__"),
+    ("verbs", "testing"),
+    ("cli", "__main__"),
 )
 RANK = {name: rank for rank, layer in enumerate(STACK) for name in layer}
 
