@@ -146,7 +146,7 @@ class EngineBackend:
                 for k, w in zip(clients, models, strict=True)
             ]
             loss, correct = torch.cat([r.loss for r in rows]), torch.cat([r.correct for r in rows])
-        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]))
+        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)])).to(loss.device)
         return {
             "num-examples": sizes,
             "eval_loss": segment_means(loss, offsets).nan_to_num().cpu().numpy(),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +55,7 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
 
     """
     parts = parts or {}
+    _check_parts(parts)
     run = settings(config)
     device, dtype = _machine(run)
     dataset, partition, local = data(config, parts)
@@ -133,6 +135,34 @@ def data(config: Config, parts: Parts | None = None) -> tuple[Dataset, Partition
     return dataset, drawn, local
 
 
+def _check_parts(parts: Parts) -> None:
+    """Refuse objects that are not what their group asks for."""
+    wanted: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "data": (
+            "a fedsim.contracts.Dataset or a function that returns one",
+            lambda given: isinstance(given, Dataset) or callable(given),
+        ),
+        "model": ("an nn.Module or a function that returns one", callable),
+        "client": (
+            "an objective with `criterion` or `loss`",
+            lambda given: any(hasattr(given, name) for name in ("criterion", "loss", "clients")),
+        ),
+        "strategy": (
+            "a rule or a Flower strategy",
+            lambda given: hasattr(given, "init") or hasattr(given, "configure_train"),
+        ),
+        "training": ("a fedsim.local.LocalTraining", lambda given: isinstance(given, LocalTraining)),
+    }
+    for name, (what, fits) in wanted.items():
+        value = parts.get(name)
+        if value is None:
+            continue
+        if isinstance(value, type) and name in ("client", "strategy", "training"):
+            raise UserError(f"{name} must be {what}, got the class {value.__name__}: call it")
+        if not fits(value):
+            raise UserError(f"{name} must be {what}, got {type(value).__name__}")
+
+
 def _machine(run: Run) -> tuple[torch.device, torch.dtype]:
     """Return device and dtype, and make kernels deterministic there."""
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
@@ -145,6 +175,8 @@ def _machine(run: Run) -> tuple[torch.device, torch.dtype]:
             raise UserError(f"device={run.device}: this machine has {torch.cuda.device_count()} CUDA devices")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("device=mps: this machine has no Metal device; use device=cpu")
     return torch.device(name), getattr(torch, run.dtype)
@@ -178,7 +210,7 @@ def _model(config: Config, parts: Parts, dataset: Dataset, run: Run, strategy: A
     shared = {name: node.pop(name, None) for name in ("seed", "init", "trainable", "local")}
     given = parts.get("model")
     if isinstance(given, nn.Module):
-        model = given
+        model = copy.deepcopy(given)  # the caller's own stays as it is
     else:
         target = given or locate(node["_target_"], "model._target_")
         known = {"input_shape": tuple(dataset.x.shape[1:]), "num_classes": dataset.num_classes}

@@ -50,7 +50,8 @@ def save(folder: Path, round: int, state: State, *, keep: int = 2) -> None:
     except OSError:  # what is half-written would keep a full disk full
         partial.unlink(missing_ok=True)
         raise
-    for old in rounds(folder)[: -max(keep, 1)]:
+    older = [known for known in rounds(folder) if known < round]  # a newer one is torn: nobody could go on from it
+    for old in older[: len(older) - max(keep, 1) + 1]:
         for suffix in (".json", ".safetensors"):
             (folder / f"round-{old:08d}{suffix}").unlink(missing_ok=True)
 
@@ -90,7 +91,7 @@ def _read(stem: Path) -> State:
 def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
     """Move tensors out of a nested value; what is left is JSON."""
     if isinstance(value, np.ndarray):
-        return {"array": _plain(torch.from_numpy(np.ascontiguousarray(value)), tensors)}
+        return {"array": _plain(torch.from_numpy(value.copy()), tensors)}
     if isinstance(value, Tensor):
         name = f"t{len(tensors)}"
         # cloned, because a view of shared storage cannot be saved

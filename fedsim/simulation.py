@@ -34,7 +34,7 @@ from fedsim.saved import amend, claim_run_dir, has_fixed_folder, load
 from fedsim.trackers import tracked
 
 GROUPS = ("data", "partition", "model", "client", "training", "strategy", "sampler", "metrics", "attack", "compressor",
-          "tracker")  # fmt: skip
+          "tracker", "mode")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,6 @@ def _rounds(experiment: Experiment, folder: Path, observer: Observer, started: f
         if loop.round >= experiment.settings.num_rounds:
             observer.note(f"the run has its {loop.round} rounds already")
     observer.plan(_plan_line(experiment.plan))
-    before = sum(loop.seconds.values())
     setup = time.perf_counter() - started
     try:
         loop.run()
@@ -215,7 +214,7 @@ def _rounds(experiment: Experiment, folder: Path, observer: Observer, started: f
         raise RuntimeError(f"{error} ({folder})") from error
     _write_model(experiment, loop, folder)
     loop.clients.merge()
-    summary = _summary(experiment, loop, setup=setup, rounds=sum(loop.seconds.values()) - before)
+    summary = _summary(experiment, loop, setup=setup)
     _draw(experiment.dataset, experiment.partition, folder)
     write_json(folder / "summary.json", summary)
     observer.finish({name: value for name, value in summary.items() if name in _SHOWN} | {"folder": str(folder)})
@@ -254,7 +253,7 @@ def _write_model(experiment: Experiment, loop: Loop, folder: Path) -> None:
     partial.replace(folder / "model.safetensors")
 
 
-def _summary(experiment: Experiment, loop: Loop, *, setup: float, rounds: float) -> dict[str, Any]:
+def _summary(experiment: Experiment, loop: Loop, *, setup: float) -> dict[str, Any]:
     rows = RoundLog.read(loop.folder / "rounds.jsonl")
     evaluated = [row for row in rows if row.get("evaluated")]
     best = max(evaluated, key=lambda row: row.get("validation_accuracy") or -1.0, default={})
@@ -270,7 +269,7 @@ def _summary(experiment: Experiment, loop: Loop, *, setup: float, rounds: float)
         "bytes_up": sum(row.get("bytes_up") or 0 for row in rows),
         "bytes_down": sum(row.get("bytes_down") or 0 for row in rows),
         "num_dropped": sum(row.get("num_dropped") or 0 for row in rows),
-        "seconds": {"setup": setup, **loop.seconds, "total": setup + rounds},
+        "seconds": {"setup": setup, **loop.seconds, "total": setup + sum(loop.seconds.values())},
         "plan": experiment.plan,
     }
 

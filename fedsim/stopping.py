@@ -22,7 +22,7 @@ class Stopping:
 
     def __init__(self, settings: Run, every: int) -> None:
         self.settings, self.every = settings, every
-        self.best = {"value": math.nan, "since": 0.0}
+        self.best = {"value": math.inf, "since": 0.0}
         self.reason: str | None = None
 
     def look(self, round: int, row: Mapping[str, Any]) -> None:
@@ -36,7 +36,7 @@ class Stopping:
         if early.patience is None:
             return
         value = -accuracy if early.metric == "accuracy" else loss
-        if math.isnan(self.best["value"]) or value < self.best["value"] - early.min_delta:
+        if value < self.best["value"] - early.min_delta:
             self.best = {"value": value, "since": 0.0}
             return
         self.best["since"] += 1

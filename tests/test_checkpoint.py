@@ -225,3 +225,10 @@ def test_foreign_files_in_the_folder_are_left_alone(tmp_path):
     checkpoint.save(tmp_path, 1, {})
     assert checkpoint.rounds(tmp_path) == [1]
     assert (tmp_path / "round-notes.json").exists()
+
+
+def test_a_torn_newer_checkpoint_never_costs_the_one_just_written(tmp_path):
+    checkpoint.save(tmp_path, 20, {"w": torch.zeros(3)}, keep=1)
+    (tmp_path / "round-00000020.safetensors").write_bytes(b"")
+    checkpoint.save(tmp_path, 2, {"w": torch.ones(3)}, keep=1)
+    assert checkpoint.load(tmp_path)[0] == 2

@@ -164,6 +164,48 @@ def test_frozen_and_local_parameters(kernels):
     compare(CrossEntropy, "cnn", kernels=kernels, trainable=["head", "conv2"])
 
 
+class Idle(nn.Module):
+    """Has a layer that its forward never reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.aux, self.head = nn.Linear(3, 3), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(x)
+
+
+@pytest.mark.parametrize("kernels", ["fused", "generic"])
+def test_pull_and_decay_reach_what_they_should_and_nothing_else(kernels):
+    prox = lambda: FedProx(proximal_mu=0.5)  # noqa: E731
+    compare(prox, kernels=kernels, local="head", rounds=2)  # nothing pulls a personal head
+    compare(prox, training=TRAININGS["decay"], kernels=kernels, module=Idle(), rounds=2)  # decay reaches the idle layer
+
+
+@pytest.mark.parametrize("kernels", ["fused", "generic"])
+def test_versions_may_come_with_their_own_proximal_strength(kernels):
+    results = []
+    for kind in (Sequential, lambda task: Vectorized(task, kernels=kernels, threads=2)):
+        task, weights = make_task(objective=FedProx())
+        received, models = np.array([0, 1, 0, 1, 1, 0]), {0: weights, 1: 1.2 * weights}
+        sent = {0: {"proximal_mu": 0.1}, 1: {"proximal_mu": 0.9}}
+        job = make_job(task, weights, received=received, models=models, broadcasts=sent)
+        results.append(train(kind(task), job, task.shared.size)[0])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+
+
+@dataclass(frozen=True)
+class Uploads(CrossEntropy):
+    """Sends its own parameters as they are, without a copy."""
+
+    def finish(self, params, context):
+        return {}, {"mine": params["head.bias"]}, None
+
+
+def test_uploads_are_each_clients_own():
+    compare(Uploads)
+
+
 @dataclass(frozen=True)
 class Controlled:
     """A control variate in the clients' state, moved by what the step state saw: every optional member at once."""

@@ -807,3 +807,18 @@ def test_a_run_of_objects_says_that_it_cannot_be_resumed_from_its_folder(run):
     result = run(*BLOBS, strategy=FedAvg(), num_rounds=1)
     with pytest.raises(UserError, match="started from Python with objects for strategy"):
         resume(result.folder, "num_rounds=2")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"data": (1, 2)}, "data must be a fedsim.contracts.Dataset"),
+        ({"client": {"lr": 0.1}}, "client must be an objective"),
+        ({"strategy": 3}, "strategy must be a rule"),
+        ({"strategy": FedAvg}, "the class FedAvg: call it"),
+        ({"model": 3}, "model must be an nn.Module"),
+    ],
+)
+def test_an_object_of_the_wrong_kind_is_refused(wrong, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        fedsim.simulate(num_rounds=1, folder=tmp_path / "run", **wrong)

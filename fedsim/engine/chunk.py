@@ -91,8 +91,13 @@ class Chunk:
         if self.single:
             return Situation(self.task, plan.number, self.job.lr, stacked, self.sent[0])
         names = self.sent[0].keys()
-        stacked["broadcast"] = {n: torch.stack([torch.as_tensor(s[n]).to(device) for s in self.sent]) for n in names}
+        stacked["broadcast"] = {n: torch.stack([self._tensor(s[n]) for s in self.sent]) for n in names}
         return Situation(self.task, plan.number, self.job.lr, stacked)
+
+    def _tensor(self, value: Any) -> Tensor:
+        """Return what a rule sent as a tensor; a number in the run's precision."""
+        dtype = self.task.dtype if isinstance(value, float) else None
+        return torch.as_tensor(value, dtype=dtype).to(self.task.device)
 
     def _phase(self, plan: Plan, params: Params, situation: Situation) -> None:
         """Run the steps of a phase in place in params (R, *shape)."""
@@ -164,14 +169,13 @@ class Chunk:
         def end(p: Params, mine: Mapping[str, Any]) -> Any:
             kept, extras, weight = finish(p, situation.context(mine, last))
             weighs.append(weight is not None)
-            return kept, extras, torch.as_tensor(0.0 if weight is None else weight)
+            return kept, extras, torch.as_tensor(0.0 if weight is None else weight, dtype=torch.float64)
 
         kept, extras, weight = vmap(end)(trained, situation.first(len(self.rows)))
         self.state.update(kept)
         for name, value in extras.items():
-            if name not in block.extras:
-                block.extras[name] = value.new_zeros(len(block.weights), *value.shape[1:])
-            block.extras[name][self.where] = value
+            room = value.new_zeros(len(block.weights), *value.shape[1:])
+            block.extras.setdefault(name, room)[self.where] = value  # at once: another thread's chunk does the same
         if weighs[-1]:
             block.weights[self.where] = weight.double()
 

@@ -83,7 +83,8 @@ class FusedGradient:
     def begin(self, moving: tuple[str, ...], training: LocalTraining, lr: float, mu: float) -> bool:
         """Begin a phase."""
         plain = training.optimizer == "sgd" and not training.momentum and training.clip_norm is None
-        keep = 1 - lr * (training.weight_decay + mu)
+        pulled = self.task.shared.names  # personal parameters have nothing to be pulled to
+        keep = {name: 1 - lr * (training.weight_decay + (mu if name in pulled else 0.0)) for name in moving}
         self.rows.moves = frozenset(moving)
         self.rows.sink = Sink(lr, keep, self.late) if plain else Sink(None)
         return plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,14 +16,17 @@ class Sink:
 
     Args:
         step: rate η of the in-place step; None accumulates all gradients.
-        keep: β in [0, 1].
+        keep: β in [0, 1] of each name that moves.
         late: names of weights that several layers' calls read: their gradient is accumulated, for a weight must
             not move before the last of them has looked at it.
 
     """
 
-    def __init__(self, step: float | None, keep: float = 1.0, late: frozenset[str] = frozenset()) -> None:
-        self.step, self.keep, self.late = step, keep, late
+    def __init__(
+        self, step: float | None, keep: Mapping[str, float] | None = None, late: frozenset[str] = frozenset()
+    ) -> None:
+        self.step, self.keep, self.late = step, keep or {}, late
+        self.touched: set[str] = set()  # whose step a backward has taken
         self.params: Params = {}  # of this step, (a, *shape)
         self.grads: Params = {}  # name → (a, *shape), where gradients are accumulated
         self.begun: set[str] = set()
@@ -31,11 +35,13 @@ class Sink:
         """Begin a step of the rows that have one."""
         self.params = params
         self.begun.clear()
+        self.touched.clear()
 
     def product(self, name: str, weight: Tensor, left: Tensor, right: Tensor) -> None:
         """Take the gradient left (a, O, N) @ right (a, N, I) of weight (a, O, I), a view of the parameter."""
         if self.step is not None and name not in self.late:
-            weight.baddbmm_(left, right, beta=self.keep, alpha=-self.step)
+            weight.baddbmm_(left, right, beta=self.keep[name], alpha=-self.step)
+            self.touched.add(name)
         elif name in self.begun:
             self._room(name).view(weight.shape).baddbmm_(left, right)
         else:
@@ -45,9 +51,10 @@ class Sink:
     def plain(self, name: str, weight: Tensor, grad: Tensor) -> None:
         """Take a gradient of weight's shape (a, …)."""
         if self.step is not None and name not in self.late:
-            if self.keep != 1.0:
-                weight.mul_(self.keep)
+            if self.keep[name] != 1.0:
+                weight.mul_(self.keep[name])
             weight.sub_(grad, alpha=self.step)
+            self.touched.add(name)
         elif name in self.begun:
             self._room(name).add_(grad)
         else:
@@ -64,7 +71,9 @@ class Sink:
         """End a backward: take the steps that had to wait; without steps, nothing that moves lacks a gradient."""
         if self.step is not None:
             for name in self.begun:
-                self.params[name].mul_(self.keep).sub_(self.grads[name], alpha=self.step)
+                self.params[name].mul_(self.keep[name]).sub_(self.grads[name], alpha=self.step)
+            for name in moves - self.begun - self.touched:  # the loss does not depend on it; decay does
+                self.params[name].mul_(self.keep[name])
             return
         for name in moves - self.begun:
             self._room(name).zero_()

@@ -96,7 +96,7 @@ class Sequential:
             context = self._general_phases(job, row, start, plans, keys, state, left)
             finish = getattr(self.task.objective, "finish", None)
             if finish is not None:
-                own, left.extras, left.weight = finish({n: p.detach() for n, p in self.params.items()}, context)
+                own, left.extras, left.weight = finish({n: p.detach().clone() for n, p in self.params.items()}, context)
                 left.state.update(own)
         if state:
             left.state = state | left.state
@@ -175,7 +175,7 @@ class Sequential:
                 named = dict(zip(plan.moving, grads, strict=True))
                 turned, step_state = direction(named, {n: p.detach() for n, p in self.params.items()}, context)
                 grads = [turned[name].clone() for name in plan.moving]
-                context = _at(context, step, step_state)
+                context = _at(context, step, {name: value.clone() for name, value in step_state.items()})
             update.optimizer.step(grads, scale=context.step_state.get("lr_scale"))
         return context
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from queue import SimpleQueue
 from typing import Any
 
@@ -75,16 +75,16 @@ class Vectorized:
         num_steps = np.sum([plan.schedule.num_steps for plan in plans], axis=0)  # (K,)
         # Longest rows first, so that the rows with a step left are always a chunk's first ones.
         order = np.argsort(-num_steps, kind="stable")  # (K,)
-        in_place = bool((order == np.arange(len(order))).all())
         block = _room(task, job, num_steps)
 
         def run(rows: Int64) -> None:
             gradient = self._lanes.get()
             try:
                 with torch.no_grad():
-                    room = out[rows[0] : rows[-1] + 1] if in_place else out.new_empty(len(rows), out.shape[1])
+                    adjacent = bool((np.diff(rows) == 1).all())
+                    room = out[rows[0] : rows[-1] + 1] if adjacent else out.new_empty(len(rows), out.shape[1])
                     Chunk(task, job, plans, rows, gradient).train(room, block)
-                    if not in_place:
+                    if not adjacent:
                         out[torch.from_numpy(rows).to(out.device)] = room
             except RuntimeError as error:
                 if not batching(error):
@@ -93,13 +93,27 @@ class Vectorized:
             finally:
                 self._lanes.put(gradient)
 
-        chunks = [order[low : low + self.chunk] for low in range(0, len(order), self.chunk)]
-        if len(chunks) == 1 or self._threads == 1:
+        chunks = [
+            part
+            for low in range(0, len(order), self.chunk)
+            for part in _by_pull(task, job, order[low : low + self.chunk])
+        ]
+        if task.device.type == "cpu":
+            waiting = [self._pool.submit(run, rows) for rows in chunks]
+            wait(waiting)  # all of them, failed or not: nobody may still write when rows are trained again
+            for future in waiting:
+                future.result()
+        else:
             for rows in chunks:
                 run(rows)
-        else:
-            list(self._pool.map(run, chunks))
         return block
+
+
+def _by_pull(task: Task, job: Job, rows: Int64) -> list[Int64]:
+    """Split rows whose versions came with different proximal strengths: one program has one."""
+    mine = getattr(task.objective, "proximal_mu", 0.0)
+    pulls = np.array([float(job.broadcasts.get(int(v), {}).get("proximal_mu", mine)) for v in job.received[rows]])
+    return [rows[pulls == pull] for pull in np.unique(pulls)]
 
 
 def _room(task: Task, job: Job, num_steps: Int64) -> Block:
