@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from fedsim.engine import measured
 from fedsim.engine.sequential import Sequential
 from fedsim.engine.task import Engine, Task
 from fedsim.engine.vectorized import Vectorized
@@ -17,9 +18,10 @@ GENERIC_PAYS = 20_000  # parameters up to which `torch.func` over rows beats one
 def make_engine(task: Task, name: str, cohort: int, threads: int, **arguments: Any) -> tuple[Engine, str]:
     """Return the engine of a name, and why where the name is "auto".
 
-    The table: on an accelerator, `vectorized` whenever clients can be batched. On a CPU `sequential` for models that
-    convolve (batched convolutions are 1.3 to 3 times slower there than one client's) and for a lone client;
-    `vectorized` for the others, without fused kernels only up to 20,000 parameters.
+    First comes the user's own row of the table, which `fedsim bench --save` has written. The table: on an
+    accelerator, `vectorized` whenever clients can be batched. On a CPU `sequential` for models that convolve (batched
+    convolutions are 1.3 to 3 times slower there than one client's) and for a lone client; `vectorized` for the
+    others, without fused kernels only up to 20,000 parameters.
 
     Args:
         task: what all rounds share.
@@ -39,6 +41,10 @@ def make_engine(task: Task, name: str, cohort: int, threads: int, **arguments: A
             return Vectorized(task, threads=threads, **arguments), "as asked"
         except ValueError as error:
             raise UserError(f"engine=vectorized: {error}; engine=sequential runs it") from error
+    mine = measured.find(measured.situation(task, cohort, threads))
+    if mine is not None:
+        engine, _ = make_engine(task, cohort=cohort, threads=threads, **mine.arguments)
+        return engine, f"measured on {mine.measured} by fedsim bench"
     on_cpu = task.device.type == "cpu"
     if on_cpu and any(isinstance(module, nn.Conv2d) for module in task.module.modules()):
         return Sequential(task), "the model convolves, on a CPU"
