@@ -155,6 +155,8 @@ class LinearRule:
 
 def row_square_norms(updates: Tensor) -> Tensor:
     """Return ‖Δ_k‖² (K,) of a (K, D) matrix."""
+    if updates.device.type == "cpu" and len(updates):
+        return torch.stack([torch.dot(row, row) for row in updates])  # vecdot writes all products first
     norms: Tensor = torch.linalg.vecdot(updates, updates)
     return norms
 

@@ -69,5 +69,5 @@ class Bulyan:
         selected[left] = False
         selected = selected.to(cohort.rows.device)  # (K,)
         kept = count - 4 * f
-        delta = reduce_columns(cohort.rows[selected], lambda x: mean_around_median(x, kept))  # (D,)
+        delta = reduce_columns(cohort.rows, lambda x: mean_around_median(x, kept), selected)  # (D,)
         return delta, state, {"selected": selected}

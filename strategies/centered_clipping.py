@@ -54,8 +54,7 @@ class CenteredClipping:
         """Return v (D,); the share of clients that the last step clipped is a metric."""
         updates = cohort.rows
         origin = self._origin(cohort, state)  # (D,)
-        moved = updates - origin  # (K, D) differences keep float32's digits where v is near the updates
-        inner = gram(moved)  # (K, K)
+        inner = gram(updates, origin)  # (K, K) differences keep float32's digits where v is near the updates
         a = torch.zeros_like(inner[0])  # (K,) v = start + Σ a_k (Δ_k − start)
         factor = torch.ones_like(a)
         for _ in range(self.num_iterations):
@@ -63,7 +62,7 @@ class CenteredClipping:
             away = (inner.diagonal() - 2 * cross + a @ cross).clamp_min(0).sqrt()  # (K,) ‖Δ_k − v‖
             factor = (self.radius / away.clamp_min(torch.finfo(away.dtype).tiny)).clamp_max(1)  # (K,)
             a = a * (1 - factor.mean()) + factor / len(cohort)
-        delta = origin + combine(a, moved)  # (D,)
+        delta = combine(a, updates) + (1 - a.sum()).to(updates) * origin  # (D,)
         memory = {"previous": delta} if self.start == "state" else state
         return delta, memory, {"clipped_fraction": (factor < 1).double().mean()}
 

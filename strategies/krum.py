@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
-from fedsim.linalg import square_distances
+from fedsim.linalg import combine, proportions, square_distances
 
 
 def krum_scores(distances: Tensor, num_byzantine: int) -> Tensor:
@@ -121,7 +121,7 @@ class MultiKrum:
         chosen = krum_order(distances, scores)[: max(1, min(wanted, len(cohort)))].sort().values  # (m,)
         selected = torch.zeros_like(scores, dtype=torch.bool)
         selected[chosen] = True
-        return cohort.rows[chosen].mean(0), state, {"krum_score": scores, "selected": selected}
+        return combine(proportions(selected), cohort.rows), state, {"krum_score": scores, "selected": selected}
 
 
 def _check(name: str, num_participants: int, num_byzantine: int) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import optimize, stats
 
+from fedsim import linalg
 from fedsim.laws import cohort_of
 from fedsim.linalg import square_distances
 from fedsim.strategies.bulyan import Bulyan
@@ -297,3 +298,36 @@ def test_arguments_out_of_range_are_named(kind, arguments):
     (name,) = arguments
     with pytest.raises(ValueError, match=f"{kind.__name__}.*{name}"):
         kind(**arguments)
+
+
+def test_columns_are_reduced_to_the_same_bits_by_any_number_of_threads(monkeypatch):
+    monkeypatch.setattr(linalg, "SORT_BLOCK", 7)
+    updates = torch.randn(9, 40, generator=torch.Generator().manual_seed(3))
+    chosen = torch.tensor([True, False, True, True, False, True, True, True, True])
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(linalg.reduce_columns(updates, lambda x: linalg.mean_around_median(x, 4), chosen))
+    columns = updates[chosen].double().sort(0).values  # (7, 40)
+    windows = columns.unfold(0, 4, 1)  # (4, 40, 4)
+    ends = (windows[..., 0] - columns[3]).abs().maximum((windows[..., 3] - columns[3]).abs())  # (4, 40)
+    expected = windows.mean(2).gather(0, ends.argmin(0)[None])[0]  # (40,)
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-6)  # float32 sums of four
+
+
+def test_what_fails_in_a_thread_is_raised(monkeypatch):
+    monkeypatch.setattr(linalg, "SORT_BLOCK", 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(RuntimeError):
+        linalg.reduce_columns(torch.zeros(3, 8), lambda x: x[:, 0] @ x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gram_of_differences(dtype, monkeypatch):
+    monkeypatch.setattr(linalg, "BLOCK", 5)
+    rng = torch.Generator().manual_seed(4)
+    updates, origin = torch.randn(4, 13, generator=rng, dtype=dtype), torch.randn(13, generator=rng, dtype=dtype)
+    moved = updates - origin
+    expected = moved.double() @ moved.double().T
+    torch.testing.assert_close(linalg.gram(updates, origin), expected, rtol=1e-5, atol=1e-5)  # float32 products
