@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,21 +11,14 @@ from torch.func import vmap
 
 from fedsim.engine.batches import Step, steps
 from fedsim.engine.gradients import Gradient
+from fedsim.engine.laid import Laid, Plan
 from fedsim.engine.optimizer import Optimizer
 from fedsim.engine.situation import Situation
-from fedsim.engine.task import BUFFER, LOCAL, Block, Job, Task, row_keys
+from fedsim.engine.task import BUFFER, LOCAL, Block, Job, Task
 from fedsim.layout import Params
-from fedsim.local import Int64, Schedule
+from fedsim.local import Int64
 from fedsim.models.dropout import KeyedDropout
 from fedsim.rng import fold_in
-
-
-class Plan(NamedTuple):
-    """One phase of a job: who moves, and which samples every row sees."""
-
-    number: int
-    moving: tuple[str, ...]
-    schedule: Schedule
 
 
 class Chunk:
@@ -34,16 +27,16 @@ class Chunk:
     Args:
         task: what all rounds share.
         job: the rows.
-        plans: its phases.
+        laid: what they do.
         rows: (R,) positions in the job, in descending number of steps.
         gradient: what differentiates their loss.
 
     """
 
-    def __init__(self, task: Task, job: Job, plans: list[Plan], rows: Int64, gradient: Gradient) -> None:
-        self.task, self.job, self.plans, self.rows, self.gradient = task, job, plans, rows, gradient
+    def __init__(self, task: Task, job: Job, laid: Laid, rows: Int64, gradient: Gradient) -> None:
+        self.task, self.job, self.plans, self.rows, self.gradient = task, job, laid.plans, rows, gradient
         self.where = torch.from_numpy(rows).to(task.device)  # (R,)
-        self.keys = row_keys(task, job)[self.where]  # (R,)
+        self.keys = laid.keys[self.where]  # (R,)
         self.state = {name: value[self.where] for name, value in job.state.items()}
         # Sums of loss × samples and of samples, (R,) each.
         self.losses, self.seen = torch.zeros(2, len(rows), dtype=torch.float64, device=task.device)

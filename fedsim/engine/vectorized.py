@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -11,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.engine.chunk import Chunk, Plan
+from fedsim.engine.chunk import Chunk
+from fedsim.engine.laid import Laid, Target, lay_out
 from fedsim.engine.lanes import batching, lanes, users_line
-from fedsim.engine.task import Block, Job, Task, local_round
+from fedsim.engine.task import Block, Job, Task
 from fedsim.errors import UserError
-from fedsim.local import Int64, moving
+from fedsim.local import Int64
 
 CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 28}  # of a chunk's weights; measured on B4, 25 to 50 rows win
 CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
@@ -66,26 +68,26 @@ class Vectorized:
 
     def train(self, job: Job, out: Tensor) -> Block:
         """Train the rows of a job and write their updates w_k − w_received into out (K, D)."""
-        task = self.task
-        names = (*task.shared.names, *task.local.names)
-        plans = [
-            Plan(number, moving(names, phase), local_round(task, job, number, phase))
-            for number, phase in enumerate(task.phases)
-        ]
-        num_steps = np.sum([plan.schedule.num_steps for plan in plans], axis=0)  # (K,)
+        laid = lay_out(self.task, job)
+        block = _room(self.task, job, laid.num_steps)
         # Longest rows first, so that the rows with a step left are always a chunk's first ones.
-        order = np.argsort(-num_steps, kind="stable")  # (K,)
-        block = _room(task, job, num_steps)
+        order = np.argsort(-laid.num_steps, kind="stable")  # (K,)
+        chunks = [order[low : low + self.chunk] for low in range(0, len(order), self.chunk)]
+        self.run(self.trainings(job, laid, chunks, Target([out]), block))
+        return block
 
-        def run(rows: Int64) -> None:
+    def trainings(
+        self, job: Job, laid: Laid, chunks: Sequence[Int64], target: Target, block: Block
+    ) -> list[Callable[[], None]]:
+        """Return what trains each of some chunks of rows, longest first, into a target and a block."""
+
+        def train(rows: Int64) -> None:
             gradient = self._lanes.get()
             try:
                 with torch.no_grad():
-                    adjacent = bool((np.diff(rows) == 1).all())
-                    room = out[rows[0] : rows[-1] + 1] if adjacent else out.new_empty(len(rows), out.shape[1])
-                    Chunk(task, job, plans, rows, gradient).train(room, block)
-                    if not adjacent:
-                        out[torch.from_numpy(rows).to(out.device)] = room
+                    room = target.room(rows)
+                    Chunk(self.task, job, laid, rows, gradient).train(room, block)
+                    target.put(rows, room)
             except RuntimeError as error:
                 if not batching(error):
                     raise
@@ -93,20 +95,18 @@ class Vectorized:
             finally:
                 self._lanes.put(gradient)
 
-        chunks = [
-            part
-            for low in range(0, len(order), self.chunk)
-            for part in _by_pull(task, job, order[low : low + self.chunk])
-        ]
-        if task.device.type == "cpu":
-            waiting = [self._pool.submit(run, rows) for rows in chunks]
+        return [partial(train, rows) for chunk in chunks for rows in _by_pull(self.task, job, chunk)]
+
+    def run(self, trainings: Sequence[Callable[[], None]]) -> None:
+        """Do trainings of chunks, side by side on a CPU."""
+        if self.task.device.type == "cpu":
+            waiting = [self._pool.submit(training) for training in trainings]
             wait(waiting)  # all of them, failed or not: nobody may still write when rows are trained again
             for future in waiting:
                 future.result()
         else:
-            for rows in chunks:
-                run(rows)
-        return block
+            for training in trainings:
+                training()
 
 
 def _by_pull(task: Task, job: Job, rows: Int64) -> list[Int64]:
