@@ -78,7 +78,7 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     initial, buffers = _initial(model, names.shared), _initial_buffers(model, names.buffers)
     cohort = cohort_size(run.fraction, int((task.partition.sizes > 0).sum()))
     # From here on the module's tensors are the engine's.
-    engine, reason = make_engine(task, cohort=cohort, threads=run.threads or _num_cores(), **plain(config.engine))
+    engine, reason = make_engine(task, cohort=cohort, threads=run.threads or num_cores(), **plain(config.engine))
     sampler = parts.get("sampler") or instantiate(_without(config.sampler, "seed"), "sampler")
     evaluation = parts.get("metrics") or instantiate(config.metrics)
     tracker = parts.get("tracker") or instantiate(config.tracker)
@@ -256,7 +256,7 @@ def _task(
     except Exception as error:
         shape = tuple(x.shape[1:])
         raise UserError(f"model: it does not take inputs of shape {shape}: {str(error).splitlines()[0]}") from error
-    torch.set_num_threads(run.threads or (_num_cores() if work >= THREADS_PAY else 1))
+    torch.set_num_threads(run.threads or (num_cores() if work >= THREADS_PAY else 1))
     return Task(
         module=model, shared=names.shared, local=names.local, buffers=names.buffers, objective=objective,
         training=training, x=x, y=dataset.y.to(x.device), partition=partition,
@@ -294,7 +294,8 @@ def _probe(model: nn.Module, x: Tensor, num_classes: int) -> float:
     return float(sum(counted)) / len(x[:2])
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

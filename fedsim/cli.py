@@ -85,6 +85,8 @@ def _run_verb(name: str, words: list[str]) -> None:
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="folder of further choices: DIR/strategy/x.yaml")
     for option, text in verb.options.items():
         parser.add_argument(f"--{option}", metavar=option.upper(), help=text)
+    for flag, text in verb.flags.items():
+        parser.add_argument(f"--{flag}", action="store_const", const="", help=text)
     parser.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
     parser.add_argument("-V", "--version", action="version", version=f"fedsim {__version__}", help="show the version")
     parser.add_argument("-h", "--help", action="help", help="show this help")
@@ -99,13 +101,13 @@ def _run_verb(name: str, words: list[str]) -> None:
     for line in plugins.installed()[1]:
         print(f"warning: {line}", file=sys.stderr)
     _make_importable(Path.cwd())
-    options = {option: value for option in verb.options if (value := getattr(given, option)) is not None}
+    options = {option: value for option in (*verb.options, *verb.flags) if (value := getattr(given, option)) is not None}
     verb.act(Arguments(given.words, given.config_dir, options))
 
 
 def _usage(name: str, verb: Verb) -> str:
     more = "" if name in ("list", "compare", "new") else " ..."
-    options = " [options]" if verb.options else ""
+    options = " [options]" if verb.options or verb.flags else ""
     return f"fedsim {name} [{verb.takes}{more}]{options} [--config-dir DIR] [-v]"
 
 

@@ -26,6 +26,7 @@ class Verb(NamedTuple):
     takes: str  # name of its positional arguments in the help
     act: Callable[[Arguments], None]
     options: Mapping[str, str] = {}  # further options that take a value: name → help
+    flags: Mapping[str, str] = {}  # those that take none
 
 
 class Arguments(NamedTuple):
@@ -33,7 +34,7 @@ class Arguments(NamedTuple):
 
     words: list[str]
     config_dir: Path | None
-    options: Mapping[str, str]  # those of the verb's own options that were given
+    options: Mapping[str, str]  # those of the verb's own options that were given; a flag's value is empty
 
 
 class Stopped(KeyboardInterrupt):
@@ -95,6 +96,20 @@ def _act_tune(given: Arguments) -> None:
 
     with board.open_board() as shown:
         tune.tune(given.words, given.config_dir, shown)
+
+
+def _act_bench(given: Arguments) -> None:
+    from fedsim import config
+
+    composed = config.compose(given.words, config_dir=given.config_dir)
+    if composed.resume is not None:
+        raise UserError("resume is for fedsim run")
+    from fedsim.bench import bench
+
+    report = bench(composed, say=lambda line: print(line, file=sys.stderr))
+    print("\n".join(report.lines()))
+    if "save" in given.options:
+        print(f"engine=auto takes {report.best.name} from now on ({report.save()})")
 
 
 def _act_partition(given: Arguments) -> None:
@@ -210,6 +225,21 @@ VERBS = {
         """,
         "name=value,value",
         _act_tune,
+    ),
+    "bench": Verb(
+        "Measure your config on every engine that runs it, in under a minute",
+        """
+        Takes the settings of `fedsim run` and writes no run folder. One round of each engine warms up and tells memory
+        and agreement; then rounds are timed in turn, without evaluation. --save makes engine=auto take the quickest
+        for such a config on this machine from now on; the plan of a run says so.
+
+        examples:
+          fedsim bench
+          fedsim bench data=mnist data.root=data model=logreg partition.num_clients=1000 fraction=0.01 --save
+        """,
+        "name=value",
+        _act_bench,
+        flags={"save": "write the quickest engine into your own table of engines"},
     ),
     "partition": Verb(
         "Draw a partition, measure its skew and draw its picture, without training",
