@@ -101,7 +101,8 @@ def _run_verb(name: str, words: list[str]) -> None:
     for line in plugins.installed()[1]:
         print(f"warning: {line}", file=sys.stderr)
     _make_importable(Path.cwd())
-    options = {option: value for option in (*verb.options, *verb.flags) if (value := getattr(given, option)) is not None}
+    known = (*verb.options, *verb.flags)
+    options = {option: value for option in known if (value := getattr(given, option)) is not None}
     verb.act(Arguments(given.words, given.config_dir, options))
 
 
