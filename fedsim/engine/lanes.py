@@ -31,7 +31,7 @@ def lanes(task: Task, kernels: str, count: int) -> list[Gradient]:
     """
     if task.buffers.size:
         raise ValueError("the model has running statistics (batch norm?), which batched clients would share")
-    mixes = _mixes_samples(task)
+    mixes = mixes_samples(task)
     # A copy each: `functional_call` swaps parameters in the module it runs. First of all, for a merged forward would
     # pass over a branch on a tensor's value, which `vmap` refuses.
     generic = [GenericGradient(task, copy.deepcopy(task.module), mixes_samples=mixes) for _ in range(count)]
@@ -60,7 +60,7 @@ def _two_rows(task: Task) -> tuple[Params, Tensor]:
 
 
 @torch.no_grad()
-def _mixes_samples(task: Task) -> bool:
+def mixes_samples(task: Task) -> bool:
     """Say whether a sample's logits depend on who else is in its batch."""
     task.module.eval()
     alone, together = task.module(task.x[:1]), task.module(task.x[:2])[:1]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedsim.contracts import Batch, Context, Phase
 from fedsim.engine.client import Plan, Row, Start, Update, gather
 from fedsim.engine.model import Functional
-from fedsim.engine.task import BUFFER, LOCAL, Block, Job, Task, local_round, row_keys
+from fedsim.engine.task import BUFFER, LOCAL, Block, Job, Task, local_round, mean_criterion, row_keys
 from fedsim.layout import Params
 from fedsim.local import moving
 from fedsim.models.dropout import KeyedDropout, dropout_key
@@ -42,7 +42,7 @@ class Sequential:
         self._bind(channels_last)
         self._x = task.x.contiguous(memory_format=torch.channels_last) if channels_last else task.x
         self._mean_weights: dict[int, Tensor] = {}  # size of a batch → its criterion weights
-        self._criterion = _mean_criterion(task.objective) or self._weighted
+        self._criterion = mean_criterion(task.objective) or self._weighted
         self._dropout = any(isinstance(module, KeyedDropout) for module in task.module.modules())
         names = ("loss", "direction", "finish")
         self._simple = not self._dropout and not any(hasattr(task.objective, name) for name in names)
@@ -225,16 +225,6 @@ class Sequential:
                     return
                 left -= 1
                 yield pair
-
-
-def _mean_criterion(objective: Any) -> Any:
-    """Return an objective's cheaper form, unless a class that derives from its own redefines the criterion alone."""
-    for kind in type(objective).__mro__:
-        if "mean_criterion" in vars(kind):
-            return objective.mean_criterion
-        if "criterion" in vars(kind):
-            return None
-    return None
 
 
 def _at(context: Context, step: int, step_state: Mapping[str, Tensor] | None = None) -> Context:

@@ -122,10 +122,14 @@ class Block(NamedTuple):
 
 
 class Engine(Protocol):
-    """Trains rows. Everything above it (streaming, dropped rows, client state) is shared by all engines."""
+    """Trains rows. Everything above it (streaming, dropped rows, client state) is shared by all engines.
+
+    Optional, found by name: `chunk`, rows trained at once, an int that may be set between two jobs.
+    """
 
     task: Task
-    plan: Mapping[str, Any]  # what decided the bits: chunk and block sizes, layouts, threads
+    plan: Mapping[str, Any]  # "engine", its name, and the arguments that decided the bits, resolved: a resumed run
+    # makes the engine from them again
     block_rows: int | None  # rows of a streamed block; None: from a table of shapes
 
     def train(self, job: Job, out: Tensor) -> Block:
@@ -151,3 +155,26 @@ def row_keys(task: Task, job: Job) -> Tensor:
     """Return the key of each row's local round (K,) int64, a function of (seed, round, client)."""
     bits = keyed_bits(task.seed, "client", job.key, job.clients) >> np.uint64(32)  # (K,)
     return torch.from_numpy(bits.astype(np.int64)).to(task.device)
+
+
+def room(task: Task, job: Job, num_steps: Int64) -> Block:
+    """Return the block that chunks write into."""
+    count, device = len(job), task.device
+    return Block(
+        square_norms=torch.empty(count, dtype=task.dtype, device=device),
+        weights=torch.from_numpy(task.partition.sizes[job.clients].astype(np.float64)).to(device),
+        num_steps=torch.from_numpy(num_steps),
+        extras={"train_loss": torch.zeros(count, dtype=task.dtype, device=device)},
+        buffers=torch.zeros(count, 0, dtype=task.dtype, device=device),
+        state={name: value.clone() for name, value in job.state.items()},
+    )
+
+
+def mean_criterion(objective: Any) -> Any:
+    """Return an objective's cheaper form, unless a class that derives from its own redefines the criterion alone."""
+    for kind in type(objective).__mro__:
+        if "mean_criterion" in vars(kind):
+            return objective.mean_criterion
+        if "criterion" in vars(kind):
+            return None
+    return None

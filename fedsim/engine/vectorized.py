@@ -15,7 +15,7 @@ from torch import Tensor
 from fedsim.engine.chunk import Chunk
 from fedsim.engine.laid import Laid, Target, lay_out
 from fedsim.engine.lanes import batching, lanes, users_line
-from fedsim.engine.task import Block, Job, Task
+from fedsim.engine.task import Block, Job, Task, room
 from fedsim.errors import UserError
 from fedsim.local import Int64
 
@@ -69,7 +69,7 @@ class Vectorized:
     def train(self, job: Job, out: Tensor) -> Block:
         """Train the rows of a job and write their updates w_k − w_received into out (K, D)."""
         laid = lay_out(self.task, job)
-        block = _room(self.task, job, laid.num_steps)
+        block = room(self.task, job, laid.num_steps)
         # Longest rows first, so that the rows with a step left are always a chunk's first ones.
         order = np.argsort(-laid.num_steps, kind="stable")  # (K,)
         chunks = [order[low : low + self.chunk] for low in range(0, len(order), self.chunk)]
@@ -85,9 +85,9 @@ class Vectorized:
             gradient = self._lanes.get()
             try:
                 with torch.no_grad():
-                    room = target.room(rows)
-                    Chunk(self.task, job, laid, rows, gradient).train(room, block)
-                    target.put(rows, room)
+                    out = target.room(rows)
+                    Chunk(self.task, job, laid, rows, gradient).train(out, block)
+                    target.put(rows, out)
             except RuntimeError as error:
                 if not batching(error):
                     raise
@@ -114,16 +114,3 @@ def _by_pull(task: Task, job: Job, rows: Int64) -> list[Int64]:
     mine = getattr(task.objective, "proximal_mu", 0.0)
     pulls = np.array([float(job.broadcasts.get(int(v), {}).get("proximal_mu", mine)) for v in job.received[rows]])
     return [rows[pulls == pull] for pull in np.unique(pulls)]
-
-
-def _room(task: Task, job: Job, num_steps: Int64) -> Block:
-    """Return the block that chunks write into."""
-    count, device = len(job), task.device
-    return Block(
-        square_norms=torch.empty(count, dtype=task.dtype, device=device),
-        weights=torch.from_numpy(task.partition.sizes[job.clients].astype(np.float64)).to(device),
-        num_steps=torch.from_numpy(num_steps),
-        extras={"train_loss": torch.zeros(count, dtype=task.dtype, device=device)},
-        buffers=torch.zeros(count, 0, dtype=task.dtype, device=device),
-        state={name: value.clone() for name, value in job.state.items()},
-    )
