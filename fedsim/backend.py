@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Partition
 from fedsim.dispatch import Dispatcher
-from fedsim.engine.evaluate import predict
+from fedsim.engine.evaluate import own_parts, predict
 from fedsim.engine.rounds import Trainer
-from fedsim.engine.task import Job
+from fedsim.engine.task import BUFFER, LOCAL, Job
 from fedsim.errors import UserError
 from fedsim.layout import Layout
 from fedsim.local import Int64
@@ -136,15 +136,17 @@ class EngineBackend:
         """Return what Flower's strategies average: samples, loss and accuracy on each client's test samples."""
         models = models.to(self.task.device, self.task.dtype)
         sizes = self.test.sizes[clients]  # (K,)
-        if models.dim() == 1:
-            positions = np.concatenate([self.test.of(int(k)) for k in clients])
-            result = predict(self.task, models, torch.from_numpy(positions).to(self.task.device), buffers=self.buffers)
+        personal = any(name.startswith((LOCAL, BUFFER)) for name in self.task.store.first)
+        if models.dim() == 1 and not personal:
+            tested = np.concatenate([self.test.of(int(k)) for k in clients])
+            result = predict(self.task, models, torch.from_numpy(tested).to(self.task.device), buffers=self.buffers)
             loss, correct = result.loss, result.correct
         else:
-            rows = [
-                predict(self.task, w, torch.from_numpy(self.test.of(int(k))).to(self.task.device), buffers=self.buffers)
-                for k, w in zip(clients, models, strict=True)
-            ]
+            rows = []
+            for k, w in zip(clients.tolist(), models.expand(len(clients), -1), strict=True):
+                local, buffers = own_parts(self.task, k, self.buffers)
+                positions = torch.from_numpy(self.test.of(k)).to(self.task.device)
+                rows.append(predict(self.task, w, positions, buffers=buffers, local=local))
             loss, correct = torch.cat([r.loss for r in rows]), torch.cat([r.correct for r in rows])
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)])).to(loss.device)
         return {

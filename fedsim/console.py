@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from fedsim.quantities import duration, flat, label, show
+from fedsim.quantities import flat, label, remaining, score, show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,7 +93,7 @@ class Plain(Observer):
             parts.append("(as last evaluated)")
         if self._done < number < self._total:
             left = (now - self._began) / (number - self._done) * (self._total - number)
-            parts.append(f"{duration(max(1.0, left))} left")
+            parts.append(remaining(left))
         self._write("  ".join(parts))
 
     def note(self, line: str) -> None:
@@ -231,4 +231,4 @@ def discard(stream: TextIO) -> None:
 def _scores(row: Row) -> list[str]:
     """Return accuracy and loss, where they are known, in a width that does not jump."""
     known = [(name, row[name]) for name in ("accuracy", "loss") if row.get(name) is not None]
-    return [f"{name} {f'{value:.4f}' if name == 'loss' else show(name, value)}" for name, value in known]
+    return [f"{name} {score(name, value)}" for name, value in known]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Dataset, Partition
 from fedsim.data.splits import ClientSplits
-from fedsim.engine.evaluate import predict
+from fedsim.engine.evaluate import own_parts, predict
 from fedsim.engine.task import BUFFER, LOCAL, Task
 from fedsim.finetune import FineTuner
 from fedsim.local import Int64
@@ -121,13 +121,7 @@ class Evaluator:
         """Evaluate each client's own model on its own samples, client by client; return (outputs, labels)."""
         parts, labels = [], []
         for client in clients.tolist():
-            own = {name: value[0] for name, value in self.task.store.get(np.array([client]), self.task.device).items()}
-            local = {name: own[LOCAL + name] for name in self.task.local.names}
-            if self.task.buffers.size and BUFFER + self.task.buffers.names[0] in own:
-                kept = {name: own[BUFFER + name].to(buffers.dtype) for name in self.task.buffers.names}
-                mine = self.task.buffers.join(kept)
-            else:
-                mine = buffers
+            local, mine = own_parts(self.task, client, buffers)
             positions = self._put(data.of(client))
             parts.append(predict(self.task, weights, positions, buffers=mine, local=local))
             labels.append(self.task.y[positions])

@@ -58,7 +58,10 @@ def no_choice(group: str, name: str, known: Iterable[str]) -> str:
     near = hint.partition("did you mean '")[2].partition("'")[0]
     if origin := plugins.origin_of(catalogue.options(group, catalogue.roots()).get(near)):
         hint += f" It comes from the plug-in {origin}"
-    return what + (hint if "did you mean" in hint or len(known) <= _NUM_SHOWN else f"; see fedsim list {group}")
+    if "did you mean" in hint:
+        return what + hint
+    shown = hint if len(known) <= _NUM_SHOWN else f"; see fedsim list {group}"
+    return f"{what}{shown}. One of your own comes with --config-dir, one of a plug-in with pip install"
 
 
 def override(text: str, key: str, tree: Mapping[str, Any], choices: Mapping[str, str]) -> str | None:

@@ -7,6 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def score(name: str, value: float) -> str:
+    """Return a figure of a round in a width that does not jump from round to round, unless it must.
+
+    >>> score("accuracy", 0.91234), score("loss", 0.359), score("loss", 1.23456e29), score("loss", 12345.678)
+    ('91.23 %', '0.3590', '1.235e+29', '1.235e+04')
+    """
+    if not name.endswith("loss") or not math.isfinite(value):
+        return show(name, value)
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3e}"
+
+
 def flat(summary: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Return (dotted name, value) of nested mappings; lists are left to summary.json."""
     found: list[tuple[str, Any]] = []
@@ -63,6 +74,15 @@ def duration(seconds: float) -> str:
     if whole < 60:
         return f"{whole} s"
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def remaining(seconds: float) -> str:
+    """Return how long something will still take, in words.
+
+    >>> remaining(0.3), remaining(3.27), remaining(125)
+    ('< 1 s left', '3.3 s left', '2 min 5 s left')
+    """
+    return f"{'< 1 s' if seconds < 1 else duration(seconds)} left"
 
 
 def size(num_bytes: float) -> str:

@@ -65,6 +65,27 @@ def load(folder: Path) -> Config:
     return from_tree(tree)
 
 
+def check_config_dir(folder: Path, config_dir: Path | None) -> None:
+    """Refuse a folder of choices that is not the one that a run was started with; that one changes nothing.
+
+    Raises:
+        UserError: it is another one.
+
+    """
+    said = None if config_dir is None else load(folder).hydra.runtime.config_dir
+    if config_dir is not None and (said is None or Path(said).resolve() != config_dir.resolve()):
+        was = "without one" if said is None else f"with {said}"
+        raise UserError(f"--config-dir {config_dir}: the run was started {was}, and a resumed run keeps its config")
+
+
+def run_dir_named(config: Config, name: str) -> None:
+    """Let a run folder whose name is left to fedsim end with what is run, in place of the config's strategy."""
+    if not has_fixed_folder(config):
+        folder = Path(config.hydra.run.dir)
+        chosen = str(config.hydra.runtime.choices.strategy).replace("/", "-")
+        config.hydra.run.dir = str(folder.with_name(folder.name.removesuffix(chosen) + name.replace("/", "-")))
+
+
 def amend(saved: Config, overrides: Sequence[str], allowed: Sequence[str] = RESUMABLE) -> Config:
     """Return a saved config with further overrides, of which only some keys may change anything.
 

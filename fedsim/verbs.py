@@ -63,11 +63,11 @@ def _act_run(given: Arguments) -> None:
 
 
 def _resume(folder: Path, overrides: list[str], config_dir: Path | None, observer: Observer) -> None:
-    if config_dir is not None:
-        raise UserError("a resumed run keeps its config: leave --config-dir out")
     if not folder.is_dir():
         raise UserError(f"resume={folder}: no such folder")
-    from fedsim import simulation
+    from fedsim import saved, simulation
+
+    saved.check_config_dir(folder, config_dir)
 
     try:
         simulation.resume(folder, overrides, observer)

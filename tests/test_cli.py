@@ -145,7 +145,7 @@ def test_python_m_fedsim() -> None:
         (["run", "strategy=fedavgg"], "did you mean 'fedavg'"),
         (["run", "num_rounds=ten"], "num_rounds must be an integer"),
         (["run", "resume=nix"], "resume=nix: no such folder"),
-        (["run", "resume=.", "--config-dir", "."], "leave --config-dir out"),
+        (["run", "resume=.", "--config-dir", "."], ". is not a run folder"),
         (["partition", "resume=."], "resume is for fedsim run"),
         (["partition", "partition.alpah=1"], "did you mean 'alpha'"),
         (["config", "seed=x"], "seed must be an integer"),

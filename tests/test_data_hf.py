@@ -246,11 +246,11 @@ import numpy as np
 pixels = np.random.default_rng(0).integers(256, size=(6, 4, 4), dtype=np.uint8)
 np.testing.assert_allclose(data.x[:6, 0] * 255, pixels[[0, 2, 4, 1, 3, 5]], rtol=1e-6)
 try:
-    hf(name="someone/absent", root="shelf", image="image")
+    hf(name="someone/absent", image="image")
 except ValueError as error:
     assert type(error).__name__ == "UserError"
     message = str(error)
-    assert "no split 'train' of 'someone/absent'" in message and "shelf/someone/absent" in message, message
+    assert "no split 'train' of 'someone/absent'" in message and "data/someone/absent" in message, message
     assert "set data.root" in message and "\\n" not in message, message
 else:
     raise AssertionError

@@ -349,7 +349,7 @@ def broken(**changes):
     [
         ("no data set", "must return a fedsim.contracts.Dataset, got str"),
         (broken(x=torch.zeros(20, 2, dtype=torch.uint8)), "x must be .* float32"),
-        (broken(y=torch.zeros(20)), r"y must be \(N,\) int64"),
+        (broken(y=torch.zeros(20)), r"y must be a torch tensor \(N,\) int64"),
         (broken(y=torch.zeros(19, dtype=torch.int64)), "x has 20, y 19"),
         (broken(client=np.zeros(3, np.int64)), "x has 20, client 3"),
         (broken(client=np.full(20, -2)), "client must be −1"),

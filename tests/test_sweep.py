@@ -2,7 +2,6 @@
 
 import io
 import json
-import statistics
 
 import pyarrow.parquet as pq
 import pytest
@@ -250,7 +249,8 @@ def test_means_are_over_seeds_of_done_trials():
     rows.append({"trial": "4", "state": "failed", "alpha": 1, "seed": 4})
     first, second = table.means(rows, ["alpha", "seed"], ["accuracy", "loss"])
     assert (first["alpha"], first["trials"], first["failed"]) == (0.1, 3, 0)
-    assert first["accuracy"] == (pytest.approx(0.7), pytest.approx(statistics.stdev([0.5, 0.7, 0.9])))
+    # Student's interval of three runs, as in `fedsim report`: t₀.₉₇₅,₂ = 4.302653 of printed tables, s = 0.2.
+    assert first["accuracy"] == (pytest.approx(0.7), pytest.approx(4.302653 * 0.2 / 3**0.5, rel=1e-6))
     assert (second["trials"], second["failed"], second["accuracy"]) == (1, 1, (0.8, None))
     assert "loss" not in first
 
@@ -293,6 +293,7 @@ def test_lines(capsys):
         "client lr  trials  failed  accuracy",
         "0.1        2       1       50.00 ± 1.00 %",
         "1          1       0       25.00 %",
+        "±: half of the 95 % interval over seeds (Student's t), as in fedsim report",
     ]
     assert capsys.readouterr().err == "warning: 1-b: careful [now]\n"
 

@@ -31,10 +31,16 @@ def check_dataset(dataset: Dataset) -> Dataset:
 
 def _check_arrays(dataset: Dataset) -> None:
     x, y = dataset.x, dataset.y
+    for name, value in (("x", x), ("y", y)):
+        if not isinstance(value, torch.Tensor):
+            kind = f"{type(value).__module__.partition('.')[0]}.{type(value).__name__}"
+            raise UserError(f"data: {name} must be a torch tensor, got {kind}; write torch.as_tensor({name})")
     if x.dtype not in (torch.float32, torch.float64, torch.int64) or x.dim() < 2:
-        raise UserError(f"data: x must be (N, …) float32, or int64 tokens; got {tuple(x.shape)} {_name(x.dtype)}")
+        raise UserError(
+            f"data: x must be a torch tensor (N, …) float32, or int64 tokens; got {tuple(x.shape)} {_name(x.dtype)}"
+        )
     if y.dtype != torch.int64 or y.dim() != 1:
-        raise UserError(f"data: y must be (N,) int64 classes, got {tuple(y.shape)} {_name(y.dtype)}")
+        raise UserError(f"data: y must be a torch tensor (N,) int64 classes, got {tuple(y.shape)} {_name(y.dtype)}")
     for name in ("y", "client", "domain"):
         value = getattr(dataset, name)
         if value is not None and len(value) != len(x):

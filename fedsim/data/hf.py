@@ -51,7 +51,7 @@ def hf(  # noqa: PLR0913  one argument a key of the config
 
     Args:
         name: hub name or folder; see `fedsim.data.tables.open_split` for where it is looked for.
-        root: folder of data sets; null: FEDSIM_DATA, else `data`; then the hub.
+        root: folder of data sets, and nothing else is searched; null: FEDSIM_DATA, else `data`, then the hub.
         config: configuration of a data set that has several.
         image: column of images.
         features: columns of numbers, or of lists of numbers of one length, instead of images.

@@ -48,7 +48,7 @@ def open_split(name: str, config: str | None, split: str, root: str | None) -> T
 
     Looked for in this order: the folders `root/name` and `root/(last part of name)` for each root of
     `fedsim.data.files.roots`, as parquet files whose name says the split, else as whatever `datasets` reads
-    in that folder; then the hub, by `datasets`.
+    in that folder; then, unless `data.root` says where it is, the hub, by `datasets`.
 
     Args:
         name: of the hub, e.g. "ylecun/mnist", or of a folder.
@@ -65,7 +65,19 @@ def open_split(name: str, config: str | None, split: str, root: str | None) -> T
         if folder.is_dir():
             files = _parquet_files(folder, config, split)
             return _Parquet(files) if files else _load(str(folder), None, split, folders)
+    if root is not None:
+        raise UserError(_absent(name, folders, Path(root).expanduser()))
     return _load(name, config, split, folders)
+
+
+def _absent(name: str, tried: Sequence[Path], root: Path) -> str:
+    """Say that `data.root` has no such data set, and how to come by it."""
+    looked = " and ".join(str(folder.absolute()) for folder in tried)
+    state = f"looked for {looked}" if root.is_dir() else f"there is no folder {root.absolute()}"
+    return (
+        f"data.root={root} has no data set {name!r}: {state}; name the folder that holds it, or leave data.root out "
+        "and it is fetched from the Hugging Face hub (pip install 'fedsim[data]')"
+    )
 
 
 def class_names(table: Table, label: str) -> tuple[str, ...] | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from fedsim.engine.task import Task
+from fedsim.engine.task import BUFFER, LOCAL, Task
 from fedsim.metrics.classification import Outputs, outputs
 
 EVALUATION_ENTRIES = 1 << 22  # input entries of one evaluation batch
@@ -17,6 +18,15 @@ EVALUATION_ENTRIES = 1 << 22  # input entries of one evaluation batch
 def batch_size(task: Task) -> int:
     """Return how many samples one evaluation batch holds: a function of the shapes alone."""
     return max(1, min(4096, EVALUATION_ENTRIES // max(1, task.x[0].numel())))
+
+
+def own_parts(task: Task, client: int, buffers: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Return what a client's model has of its own: personal parameters by name, and its buffers or the server's."""
+    own = {name: value[0] for name, value in task.store.get(np.array([client]), task.device).items()}
+    local = {name: own[LOCAL + name] for name in task.local.names}
+    if not task.buffers.size or BUFFER + task.buffers.names[0] not in own:
+        return local, buffers
+    return local, task.buffers.join({name: own[BUFFER + name].to(buffers.dtype) for name in task.buffers.names})
 
 
 @torch.no_grad()

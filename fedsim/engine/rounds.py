@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsim.contracts import Cohort, Streamed, Sums
+from fedsim.engine.halving import Change, Halving
 from fedsim.engine.task import Block, Engine, Job
 from fedsim.errors import ClientError, UserError
 from fedsim.linalg import finite_rows
@@ -22,6 +23,13 @@ STREAM_BLOCK = 1 << 22  # entries of a block of streamed rows: what one costs be
 
 class BadUpdate(RuntimeError):
     """A client's update is not finite."""
+
+
+# What torch says of batch norm over a last batch of one sample names neither the batch nor a cure.
+_ONE_SAMPLE = (
+    "; batch norm needs two samples, and the last batch of this client has one: choose another client.batch_size "
+    "(null: all of a client's samples at once), or group norm"
+)
 
 
 class AllUpdatesBad(RuntimeError):
@@ -35,15 +43,21 @@ class Trainer:
         engine: who trains the rows.
         on_bad_update: "drop" rows of which anything is not finite, or "raise" `BadUpdate`.
         on_client_error: "raise" `ClientError` if an objective raises, or "drop" the client it raised for.
+        block: rows of a streamed block, ≥ 1; None: `block_rows` of the engine.
+        changes: the plan's, which halved chunks are added to.
 
     """
 
-    def __init__(self, engine: Engine, on_bad_update: str = "drop", on_client_error: str = "raise") -> None:
+    def __init__(
+        self, engine: Engine, on_bad_update: str = "drop", on_client_error: str = "raise", *, block: int | None = None,
+        changes: list[Change] | None = None,
+    ) -> None:  # fmt: skip
         self.engine, self.task = engine, engine.task
         self.on_bad_update, self.on_client_error = on_bad_update, on_client_error
         self.bad: list[int] = []  # clients of the last job whose rows were not finite
         self.failures: dict[int, str] = {}  # client of the last job that raised → what
         self.seconds = 0.0  # spent in the engine since the trainer was made
+        self.halving = Halving(engine, block or block_rows(engine), [] if changes is None else changes)
         self._rows = torch.empty(0, self.task.shared.size, dtype=self.task.dtype, device=self.task.device)
 
     def buffer(self, count: int) -> Tensor:
@@ -64,6 +78,9 @@ class Trainer:
             AllUpdatesBad: no good row is left.
 
         """
+        return self.halving.attempt(job.round, lambda: self._collect(job))
+
+    def _collect(self, job: Job) -> tuple[Cohort, Tensor]:
         self.bad, self.failures = [], {}
         trained = self._train(job, self.buffer(len(job)))
         if trained is not None:
@@ -110,8 +127,15 @@ class Trainer:
             AllUpdatesBad: no good row is left.
 
         """
+        return self.halving.attempt(job.round, lambda: self._stream(job, coefficients, reduced))
+
+    def _stream(
+        self, job: Job, coefficients: Callable[[Cohort], Tensor], reduced: tuple[str, ...]
+    ) -> tuple[Cohort, Tensor]:
         self.bad, self.failures = [], {}
-        size = self.engine.block_rows or max(1, min(64, STREAM_BLOCK // max(1, self.task.shared.size)))
+        size = self.halving.block_rows
+        if len(self._rows) > size:  # chunks were halved since
+            self._rows = self._rows[:0].clone()
         total = torch.zeros(self.task.shared.size, dtype=self.task.dtype, device=self.task.device)
         weight = torch.zeros((), dtype=torch.float64, device=self.task.device)
         parts: list[Cohort] = []
@@ -168,8 +192,11 @@ class Trainer:
         for k, client in enumerate(job.clients.tolist()):
             try:
                 self.engine.train(job.part(k, k + 1), out[k : k + 1])
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:
                 what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+                what += _ONE_SAMPLE if "more than 1 value per channel" in what else ""
                 if self.on_client_error == "raise":
                     raise ClientError(f"client {client} failed in round {job.round}: {what}") from error
                 self.failures[client], found = what, True
@@ -227,6 +254,11 @@ class Trainer:
             return job.buffers
         share = block.weights / block.weights.sum()
         return (share.to(block.buffers.dtype) @ block.buffers).to(job.buffers.dtype)
+
+
+def block_rows(engine: Engine) -> int:
+    """Return the rows of a streamed block: the engine's, else from a table of shapes."""
+    return engine.block_rows or max(1, min(64, STREAM_BLOCK // max(1, engine.task.shared.size)))
 
 
 def _select(block: Block, good: Tensor) -> Block:

@@ -74,7 +74,9 @@ def char_gru(
 
     """
     if len(input_shape) != 1:
-        raise ValueError(f"char_gru reads tokens (T,), got input_shape={tuple(input_shape)}; choose text data")
+        raise ValueError(
+            f"char_gru reads tokens (T,), got input_shape={tuple(input_shape)}; choose text data, or model=mlp"
+        )
     vocabulary = num_classes if vocabulary is None else vocabulary
     check_at_least(1, embedding=embedding, hidden=hidden, num_layers=num_layers, vocabulary=vocabulary)
     body: dict[str, nn.Module] = {"embedding": nn.Embedding(vocabulary, embedding)}

@@ -56,7 +56,7 @@ def check_image(model: str, input_shape: tuple[int, ...], min_side: int) -> tupl
     if len(input_shape) != 3:
         raise ValueError(
             f"{model} reads images (channels, height, width), got input_shape={tuple(input_shape)}; "
-            "choose image data or model=mlp"
+            "choose image data, model=char_gru for text or model=mlp for numbers"
         )
     channels, height, width = input_shape
     if min(height, width) < min_side:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from fedsim.console import discard
-from fedsim.quantities import duration, label, show
+from fedsim.quantities import duration, label, remaining, score, show
 from fedsim.sweep.pool import Event
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Running:
         if self.total is None or self.round <= self.first:
             return ""
         each = (time.monotonic() - self.began) / (self.round - self.first)
-        return duration(max(1.0, each * (self.total - self.round)))
+        return remaining(each * (self.total - self.round))
 
 
 class Board:
@@ -97,19 +97,16 @@ class Board:
         if row["state"] == "failed":
             return (f"failed: {row['error']}",)
         known = ((name, row[name]) for name in self.figures if row.get(name) is not None)
-        words = (
-            f"{label(name)} {f'{value:.4f}' if name.endswith('loss') else show(name, value)}" for name, value in known
-        )
-        return (*words, duration(seconds or 0.0))
+        return (*(f"{label(name)} {score(name, value)}" for name, value in known), duration(seconds or 0.0))
 
     @property
     def left(self) -> str:
         """Time left, from the trials that ended so far."""
         ended = self.done + self.failed - self.before
-        remaining = self.total - self.done - self.failed
-        if not ended or not remaining:
+        missing = self.total - self.done - self.failed
+        if not ended or not missing:
             return ""
-        return f"{duration(max(1.0, (time.monotonic() - self.began) / ended * remaining))} left"
+        return remaining((time.monotonic() - self.began) / ended * missing)
 
 
 class Lines(Board):
@@ -141,6 +138,8 @@ class Lines(Board):
         widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
         for line in cells:
             self._write("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        if said := what_intervals_are(means):
+            self._write(said)
 
     def note(self, line: str) -> None:
         """Write a note."""
@@ -214,6 +213,7 @@ class LiveTable(Board):
             table.add_column(name, overflow="fold")
         for line in lines:
             table.add_row(*map(Text, line))
+        table.caption, table.caption_justify = what_intervals_are(means) or None, "left"
         self._console.print(table)
 
     def note(self, line: str) -> None:
@@ -236,8 +236,7 @@ class LiveTable(Board):
         first = self.figures[0]
         for name, running in list(self.running.items()):
             rounds = f"{running.round}/{running.total}" if running.total else ""
-            left = f"{running.left} left" if running.left else ""
-            table.add_row(*map(Text, (name, "running", rounds, show(first, running.figures.get(first)), left)))
+            table.add_row(*map(Text, (name, "running", rounds, show(first, running.figures.get(first)), running.left)))
         counts = f"{self.done}/{self.total} done"
         table.caption = "  ".join(filter(None, (counts, f"{self.failed} failed" if self.failed else "", self.left)))
         table.caption_justify = "left"
@@ -265,8 +264,14 @@ def results(means: Sequence[Row]) -> list[tuple[str, ...]]:
     return [tuple(map(label, names)), *(tuple(cell(name, row.get(name)) for name in names) for row in means)]
 
 
+def what_intervals_are(means: Sequence[Row]) -> str:
+    """Say what stands behind ±; "" where nothing does."""
+    has = any(isinstance(value, tuple) and value[1] is not None for row in means for value in row.values())
+    return "±: half of the 95 % interval over seeds (Student's t), as in fedsim report" if has else ""
+
+
 def cell(name: str, value: Any) -> str:
-    """Return a value, or a (mean, standard deviation), as a person reads it.
+    """Return a value, or a (mean, half of its interval), as a person reads it.
 
     >>> cell("accuracy", (0.915, 0.0123)), cell("accuracy", (0.915, None)), cell("client.lr", 0.1)
     ('91.50 ± 1.23 %', '91.50 %', '0.1')

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsim.config import Config, notes
+from fedsim.config import Config, instantiate, notes, plain
 from fedsim.construct import construct
 from fedsim.errors import UserError
 from fedsim.folder import locked
@@ -23,6 +23,11 @@ from fedsim.sweep.grammar import Words, read
 from fedsim.sweep.plan import Plan
 from fedsim.sweep.pool import PICTURES, Event, Job, Pool, start_server
 
+# Groups whose parts are built from their settings alone, and the settings that are fedsim's and not the part's.
+_DATALESS = {
+    "strategy": (), "client": (), "partition": ("seed", "held_out_clients", "local_validation", "local_test"),
+    "sampler": ("seed",), "mode": (),
+}  # fmt: skip
 _WRITE_EVERY = 1.0  # seconds between two writes of the table while trials end
 
 
@@ -81,11 +86,11 @@ def sweep(given: Sequence[str], config_dir: Path | None, board: Board) -> Path:
         KeyboardInterrupt: with what to say about going on.
 
     """
-    start_server()  # loads beside what follows
     words = read(given, config_dir)
     machine: Machine = construct(Machine, words.own["sweep"], "sweep")
     if words.resume is not None:
         folder = resumable(words, config_dir)
+        start_server()
         plan = plans.load(folder)
         asked = read(plan.words, plans.path(plan.config_dir))
     else:
@@ -137,9 +142,34 @@ def check(words: Words, config_dir: Path | None, board: Board) -> list[Config]:
     if re.fullmatch(r"cuda:\d+", str(words.fixed_value("device"))):
         raise UserError("device: a sweep gives each worker its GPU; write device=cuda and set CUDA_VISIBLE_DEVICES")
     composed = plans.check(words, config_dir)
+    start_server()  # names are right: it loads beside what follows, which takes a second itself
+    _check_values(composed)
     for line in dict.fromkeys(line for config in composed for line in notes(config)):
         board.note(line)
     return composed
+
+
+def _check_values(configs: Sequence[Config]) -> None:
+    """Build the parts that need no data, so that a wrong type or value is found here and not in every trial."""
+    seen: list[object] = []
+    for config in configs:
+        for group, shared in _DATALESS.items():
+            node = plain(config[group])
+            # Of Flower's wrappers one has no value before the data are there.
+            if node in seen or "num_sampled_clients" in node:
+                continue
+            seen.append(node)
+            if group == "client":
+                _check_training(node)
+            instantiate({name: value for name, value in node.items() if name not in shared}, group)
+
+
+def _check_training(node: dict[str, object]) -> None:
+    """Take a client's settings of how it trains out of its node, and check them."""
+    from fedsim.local import LocalTraining  # here: it loads torch
+
+    mine = {name: node.pop(name) for name in LocalTraining.__dataclass_fields__ if name in node}
+    construct(LocalTraining, mine, "client")
 
 
 def threads_for(num_workers: int, words: Words) -> int | None:

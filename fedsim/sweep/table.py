@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedsim.files import atomic
 from fedsim.quantities import flat
+from fedsim.report.statistics import mean_of
 from fedsim.sweep.plan import Plan, Trial
 
 _LEFT_OUT = ("plan.", "choices.")  # of the summary: they are the same for many trials, and stand there
@@ -79,7 +79,7 @@ def means(rows: Iterable[Row], keys: Sequence[str], figures: Sequence[str]) -> l
 
     Returns:
         A row for each point: its values, `trials` (done), `failed`, and for each figure that is known (mean,
-        sample standard deviation or None).
+        half of Student's 95 % interval or None), as `fedsim report` has them.
 
     """
     groups: dict[str, list[Row]] = {}
@@ -94,6 +94,7 @@ def means(rows: Iterable[Row], keys: Sequence[str], figures: Sequence[str]) -> l
         for name in figures:
             known = [one[name] for one in members if one["state"] == "done" and one.get(name) is not None]
             if known:
-                mean[name] = statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None
+                over = mean_of(known)
+                mean[name] = over.mean, over.half
         table.append(mean)
     return table

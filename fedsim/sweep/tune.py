@@ -59,11 +59,11 @@ def tune(given: Sequence[str], config_dir: Path | None, board: Board) -> Path:
         KeyboardInterrupt: with what to say about going on.
 
     """
-    start_server()
     words = read(given, config_dir, NAMESPACES)
     machine: Machine = construct(Machine, words.own["sweep"], "sweep")
     if words.resume is not None:
         folder = resumable(words, config_dir)
+        start_server()
         searching = plans.load(folder / "search")
         words = read(searching.words, plans.path(searching.config_dir), NAMESPACES)
         task = task_of(words)
