@@ -29,9 +29,9 @@ class TightLoop:
 
     def __call__(self, number: int) -> Tensor:
         """Train the cohort and return the mean update (D,)."""
-        params, lr, share = self.params, self.work.training.lr, 1 / self.work.cohort
+        params, lr = self.params, self.work.training.lr
         total = [torch.zeros_like(p) for p in params]
-        for client in self.work.batches(number):
+        for share, client in zip(self.work.weights(number).tolist(), self.work.batches(number), strict=True):
             with torch.no_grad():
                 torch._foreach_copy_(params, self.start)
             for chosen in client:
@@ -83,12 +83,11 @@ class Limit:
 
     def __init__(self, work: Workload, batch_size: int = 500) -> None:
         self.loop, self.batch_size = TightLoop(work), batch_size
-        self.positions = torch.arange(len(work.x))
 
     def __call__(self, number: int) -> None:
-        """Take one pass."""
+        """Take one pass over the samples of a round's cohort."""
         loop = self.loop
-        for chosen in torch.split(self.positions, self.batch_size):
+        for chosen in torch.split(loop.work.samples(number), self.batch_size):
             loss = functional.cross_entropy(loop.module(loop.x[chosen]), loop.work.y[chosen])
             grads = torch.autograd.grad(loss, loop.params)
             with torch.no_grad():

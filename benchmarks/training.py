@@ -1,84 +1,197 @@
-"""B1, B2, B4 and the overhead of a round: the engines against loops without a framework."""
+"""B1 to B4 and the overhead of a round: the engines against loops without a framework, and other frameworks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks import harness, workloads
 from benchmarks.loops import HandLoop, Limit, TightLoop
+from fedsim.engine import chunk
+from fedsim.engine.auto import make_engine
 from fedsim.engine.rounds import Trainer
-from fedsim.engine.sequential import Sequential
-from fedsim.engine.task import Engine, Task
-from fedsim.engine.vectorized import Vectorized
+from fedsim.engine.task import Engine
+from fedsim.models.logreg import logreg
+from fedsim.models.parameters import initialise
 
 # "a/b" is the speed of a over the speed of b; over the limit it is a share.
-PAIRS = [
-    ("vectorized", "limit"), ("vectorized", "tight_loop"), ("vectorized", "hand_loop"), ("sequential", "limit"),
-    ("sequential", "tight_loop"),
-]  # fmt: skip
+AGAINST = ("tight_loop", "hand_loop", "limit")
+ENGINES = ("sequential", "vectorized", "auto")
+TOLERANCE = 1e-3  # relative, of mean updates in float32; sides differ by 2e-5
 
 
-def b1() -> dict[str, Any]:
+def b1(options: harness.Options) -> dict[str, Any]:
     """Convolutions: the field's headline benchmark."""
-    return _compare(workloads.b1(), hand=False, engines=("sequential",), rounds=7, limit_batch=50)
+    engines = ("sequential", "auto")  # batched convolutions are grouped ones: slower on a CPU, and not chosen there
+    engines = engines if not torch.cuda.is_available() else ENGINES
+    return compare(workloads.b1(), options, "cohort 50 of 50 images 3x32x32", engines=engines, limit_batch=50, warm=1)
 
 
-def b2() -> dict[str, Any]:
+def b2(options: harness.Options) -> dict[str, Any]:
     """Small clients of logistic regression."""
-    return _compare(workloads.b2(), hand=False)
+    return compare(workloads.b2(), options, "cohort 10 of 60 images 28x28, logistic regression")
 
 
-def b4() -> dict[str, Any]:
+def b3(options: harness.Options) -> dict[str, Any]:
+    """Unequal clients, and what their inequality costs the vectorized engine."""
+    work = workloads.b3()
+    title = "cohort 100 of 3400 log-normal clients (16-400 images 28x28, 62 classes)"
+    result = compare(work, options, title, engines=("sequential", "auto"), warm=1)
+    result["idle"] = idle(work)
+    result["notes"] = [f"vectorized's schedule: {100 * value:.2f} % {name}" for name, value in result["idle"].items()]
+    return result
+
+
+def b4(options: harness.Options) -> dict[str, Any]:
     """Dense layers, where batching clients pays on a CPU too."""
-    return _compare(workloads.b4(), hand=True)
+    return compare(workloads.b4(), options, "cohort 100 of 50 samples, batch 10, MLP 784-200-10", hand=True)
 
 
-def overhead() -> dict[str, Any]:
+def overhead(options: harness.Options) -> dict[str, Any]:
     """Microseconds a client that an engine's round takes beyond the tight loop's, at cohort 1000."""
     work = workloads.overhead()
-    result = _compare(work, hand=False)
-    for name in ("sequential", "vectorized"):
+    result = compare(work, options, "cohort 1000 of 2 samples, logistic regression 64-10")
+    for name in ENGINES:
         beyond = result["figures"][name]["median_ms"] - result["figures"]["tight_loop"]["median_ms"]
         result["figures"][name]["us_a_client_beyond_tight_loop"] = 1e3 * beyond / work.cohort
     return result
 
 
-def _compare(
-    work: workloads.Workload,
-    *,
-    hand: bool,
-    engines: tuple[str, ...] = ("sequential", "vectorized"),
-    rounds: int = 9,
-    limit_batch: int = 500,
-) -> dict[str, Any]:
-    kinds: dict[str, Callable[[Task], Engine]] = {"sequential": Sequential, "vectorized": Vectorized}
-    cores = torch.get_num_threads()
-    sides: dict[str, harness.Side] = {"tight_loop": TightLoop(work), "limit": Limit(work, limit_batch)}
+def compare(  # noqa: PLR0913  a workload and how to race it
+    work: workloads.Workload, options: harness.Options, title: str, *, hand: bool = False,
+    engines: tuple[str, ...] = ENGINES, limit_batch: int = 500, warm: int = 2,
+) -> dict[str, Any]:  # fmt: skip
+    """Check that all sides compute the same mean update, then race them."""
+    baselines: dict[str, harness.Side] = {"tight_loop": TightLoop(work), "limit": Limit(work, limit_batch)}
     if hand:
-        sides["hand_loop"] = HandLoop(work)
-    plans = {}
+        baselines["hand_loop"] = HandLoop(work)
+    convolves = any(isinstance(module, nn.Conv2d) for module in work.module.modules())
+    plans: dict[str, Any] = {}
+    sides: dict[str, harness.Side] = {}
+    for name, side in baselines.items():
+        threads = options.threads if convolves else best_threads(side, options.threads)
+        plans[name], sides[name] = {"threads": threads}, threaded(side, threads)
+    # One client at a time profits from a second thread where the tight loop does: both do the same products.
+    alone = plans["tight_loop"]["threads"]
+    aliases, opened = {}, []
     for name in engines:
-        engine = kinds[name](work.task())
-        trainer = Trainer(engine)
-        plans[name] = dict(engine.plan)
+        engine, why = make_engine(work.task(), name, cohort=work.cohort, threads=options.threads)
+        plan = dict(engine.plan)
+        twin = next((n for n in sides if n in ENGINES and plans[n]["plan"] == plan), None)
+        plans[name] = {**plan, "plan": plan, "why": why}
+        if twin is not None:  # what `auto` took is raced already
+            aliases[name] = twin
+            engine.close()
+            continue
+        opened.append(engine)
+        sides[name] = threaded(engine_side(engine, work), alone if plan["engine"] == "sequential" else 1)
+    differences = check(sides)
+    seconds = harness.race(sides, options, warm=warm)
+    seconds |= {name: seconds[twin] for name, twin in aliases.items()}
+    for engine in opened:
+        engine.close()
+    for plan in plans.values():
+        plan.pop("plan", None)
+    pairs = [(name, against) for name in engines for against in AGAINST]
+    return {
+        "title": title, "ratios": harness.ratios(seconds, pairs), "figures": harness.figures(seconds),
+        "seconds": seconds, "plans": plans, "same_as": aliases, "relative_difference_to_tight_loop": differences,
+    }  # fmt: skip
 
-        def round(number: int, trainer: Trainer = trainer) -> torch.Tensor:
-            cohort, _ = trainer.stream(work.job(number), lambda cohort: cohort.weights)
-            assert cohort.streamed is not None
-            return cohort.streamed.mean
 
-        sides[name] = round
+def engine_side(engine: Engine, work: workloads.Workload) -> Callable[[int], Tensor]:
+    """Return an engine's round, with the weighted mean of the updates streamed."""
+    trainer = Trainer(engine)
+
+    def round(number: int) -> Tensor:
+        cohort, _ = trainer.stream(work.job(number), lambda cohort: cohort.weights)
+        assert cohort.streamed is not None
+        return cohort.streamed.mean
+
+    return round
+
+
+def check(sides: dict[str, harness.Side]) -> dict[str, float]:
+    """Return each side's relative distance from the tight loop's mean update.
+
+    Raises:
+        RuntimeError: a side computes something else.
+
+    """
     exact = sides["tight_loop"](1)
     differences = {
         name: float((side(1) - exact).norm() / exact.norm()) for name, side in sides.items() if name != "limit"
     }
-    if max(differences.values()) > 1e-3:
-        raise RuntimeError(f"{work.name}: the sides do not compute the same update: {differences}")
-    seconds = harness.race(sides, rounds=rounds)
+    if not max(differences.values()) <= TOLERANCE:  # a NaN is no agreement
+        raise RuntimeError(f"the sides do not compute the same update: {differences}")
+    return differences
+
+
+def best_threads(side: harness.Side, most: int) -> int:
+    """Return how many threads make a baseline fastest, 1 or `most`: small products lose more than they gain."""
+    if most == 1:
+        return 1
+    taken = {}
+    for threads in (1, most):
+        run = threaded(side, threads)
+        run(1)
+        began = time.perf_counter()
+        run(2)
+        taken[threads] = time.perf_counter() - began
+    return min(taken, key=lambda threads: taken[threads])
+
+
+def threaded(side: harness.Side, threads: int) -> harness.Side:
+    """Return a side that runs with so many threads inside an operation."""
+
+    def run(number: int) -> Any:
+        torch.set_num_threads(threads)
+        return side(number)
+
+    return run
+
+
+def idle(work: workloads.Workload, number: int = 1) -> dict[str, float]:
+    """Count what the vectorized engine's chunks compute for nothing, as shares of what they compute.
+
+    A row-step is one step of one row; it is idle if the row has no step left. A sample is idle if it only fills a
+    shorter batch up to its neighbours' length. Counted from the steps that chunks of the engine's own size lay out; a
+    linear model stands in for the workload's, so that it takes no time.
+    """
+    wide, _ = make_engine(work.task(), "vectorized", cohort=work.cohort, threads=1)
+    rows = wide.plan["chunk"]
+    wide.close()
+    module = initialise(lambda: logreg(tuple(work.x.shape[1:]), int(work.y.max()) + 1), 0)
+    small = replace(work, module=module)
+    engine, _ = make_engine(small.task(), "vectorized", cohort=work.cohort, threads=1, chunk=rows, kernels="fused")
+    with counted() as seen:
+        Trainer(engine).stream(small.job(number), lambda cohort: cohort.weights)
+    engine.close()
+    order = work.schedule(number)
     return {
-        "ratios": harness.ratios(seconds, PAIRS), "figures": harness.figures(seconds), "plans": plans,
-        "relative_difference_to_tight_loop": differences, "threads": cores,
-    }  # fmt: skip
+        "idle row-steps": 1 - int(order.num_steps.sum()) / seen["row_steps"],
+        "idle samples": 1 - int(order.sizes.sum()) / seen["samples"],
+    }
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Count the row-steps and samples of every step that a chunk lays out."""
+    seen = {"row_steps": 0, "samples": 0}
+    original = chunk.steps
+
+    def steps(*arguments: Any) -> Any:
+        for step in original(*arguments):
+            seen["row_steps"] += step.samples.shape[0]
+            seen["samples"] += step.samples.numel()
+            yield step
+
+    with mock.patch.object(chunk, "steps", steps):
+        yield seen

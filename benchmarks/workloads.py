@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from fedsim.contracts import Partition
 from fedsim.engine.store import ClientStore
 from fedsim.engine.task import Job, Task
 from fedsim.layout import Layout
-from fedsim.local import LocalTraining, schedule
+from fedsim.local import Int64, LocalTraining, Schedule, schedule
 from fedsim.models.cnn import cnn
 from fedsim.models.logreg import logreg
 from fedsim.models.mlp import mlp
@@ -47,17 +48,39 @@ class Workload:
         """The weights every client starts from (D,)."""
         return torch.cat([p.detach().flatten() for p in self.module.parameters()])
 
+    def clients(self, number: int) -> Int64:
+        """Return a round's cohort, ascending: everybody, or a draw of its own where more clients are registered."""
+        registered = self.partition.num_clients
+        if registered == self.cohort:
+            return np.arange(registered)
+        return np.sort(np.random.default_rng(number).choice(registered, self.cohort, replace=False))
+
     def job(self, number: int) -> Job:
         """Return the job of a round from 1; all rounds start from the same weights."""
-        clients = np.arange(self.cohort)
+        clients = self.clients(number)
         return Job(
             clients=clients, received=np.zeros(self.cohort, dtype=np.int64), models={0: self.start}, broadcasts={},
             buffers=torch.empty(0), state={}, round=number, key=number, lr=self.training.lr,
         )  # fmt: skip
 
+    def weights(self, number: int) -> Tensor:
+        """Return the share of each client of a round's cohort in the mean update (K,): its part of the samples."""
+        sizes = torch.from_numpy(self.partition.sizes[self.clients(number)]).double()
+        return sizes / sizes.sum()
+
+    def samples(self, number: int) -> Tensor:
+        """Return the positions of all of a cohort's samples, client by client."""
+        given, offsets = self.partition.indices, self.partition.offsets
+        parts = [given[offsets[k] : offsets[k + 1]] for k in self.clients(number)]
+        return torch.from_numpy(np.concatenate(parts))
+
+    def schedule(self, number: int) -> Schedule:
+        """Return the order of a round's samples, as the engines lay it out."""
+        return schedule(self.training, self.partition, self.clients(number), seed=0, round=number)
+
     def batches(self, number: int) -> list[list[Tensor]]:
         """Return the positions of every step of every client, in the order that the engines use."""
-        order = schedule(self.training, self.partition, np.arange(self.cohort), seed=0, round=number)
+        order = self.schedule(number)
         return [
             [
                 torch.from_numpy(order.positions[order.starts[k] + a : order.starts[k] + b])
@@ -89,6 +112,21 @@ def b2() -> Workload:
     x, y = _noise(600, (1, 28, 28), 10)
     module = initialise(lambda: logreg((1, 28, 28), 10), 0)
     return Workload("B2", module, x, y, _equal(10, 60), LocalTraining(lr=0.03, batch_size=10), 10)
+
+
+def b3(clients: int = 3400, cohort: int = 100) -> Workload:
+    """Return B3 many-clients: 3400 clients of 16–400 log-normal samples 1×28×28 of 62 classes, cohort 100, batch 20.
+
+    Clients own random positions of a pool of 20,000 images, so that the data fits a small machine: samples are never
+    looked at, only gathered. Each round draws its own cohort.
+    """
+    rng = np.random.default_rng(0)
+    sizes = np.clip(np.round(rng.lognormal(math.log(60), 0.9, clients)), 16, 400).astype(np.int64)  # (clients,)
+    x, y = _noise(20_000, (1, 28, 28), 62)
+    indices = rng.integers(0, len(x), int(sizes.sum()))
+    module = initialise(lambda: cnn((1, 28, 28), 62, channels=(16, 32)), 0)
+    partition = Partition(indices, np.concatenate([[0], np.cumsum(sizes)]))
+    return Workload("B3", module, x, y, partition, LocalTraining(lr=0.1, batch_size=20), cohort)
 
 
 def b4() -> Workload:

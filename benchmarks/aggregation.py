@@ -1,0 +1,140 @@
+"""B5: what the server pays for a rule, against one read of the (K, D) matrix of updates.
+
+    python -m benchmarks B5 [--large] [--peers DIR]
+    python -m benchmarks.aggregation median nnm --count 50 --size 1000000      some rules alone
+
+The sides: every rule of `configs/strategy/`; **limit**, `w @ X`; **gram**, `X @ X.T` and then `a @ X`, which every
+spectral or distance rule has to do. A ratio rule/limit is the limit's time over the rule's: 1 is one read, 0.5 two.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+from fedsim.contracts import Cohort
+from fedsim.errors import UserError
+from fedsim.strategies.trimmed_mean import TrimmedMean
+from fedsim.testing import build_rule, cohort_of, strategy_names
+
+# ByzFL 0.0.11's seconds at K = 50, D = 1e6 on 2 cores, measured once on another day: context, no ratio of one run.
+BYZFL_SECONDS = {
+    "fedavg": 0.06, "median": 5.6, "trimmed_mean": 3.2, "meamed": 13.2, "nnm": 44.1, "multi_krum": 1.9,
+    "geometric_median": 2.9,
+}  # fmt: skip
+SHARE_BYZANTINE = 5  # one client in five
+# Tensors of a small convolutional network, as shares of D: spectra are taken tensor by tensor.
+TENSORS = (0.0005, 0.0005, 0.01, 0.001, 0.08, 0.008, 0.35, 0.05, 0.45, 0.05)
+
+
+def b5(options: harness.Options) -> dict[str, Any]:
+    """Race all rules at K = 50 and 100, D = 1e6; --large adds D = 1.1e7."""
+    sizes = [(50, 10**6), (100, 10**6)] + ([(50, 11 * 10**6), (100, 11 * 10**6)] if options.large else [])
+    result: dict[str, Any] = {
+        "title": "seconds of a rule on K updates of D parameters", "ratios": {}, "figures": {}, "seconds": {},
+        "left_out": {}, "byzfl_reference_seconds": BYZFL_SECONDS, "notes": [],
+    }  # fmt: skip
+    for count, size in sizes:
+        small = (count, size) == sizes[0]
+        part = measure(strategy_names(), count, size, options, least=7 if small else 3)
+        suffix = "" if small else f"[{count}x{size:.0e}]".replace("e+0", "e")
+        for name in ("ratios", "figures", "seconds"):
+            result[name] |= {_suffixed(key, suffix): value for key, value in part[name].items()}
+        result["left_out"] |= part["left_out"]
+        if small:
+            result["notes"] += [
+                f"{name}: ByzFL's reference of another day / this median = "
+                f"{1e3 * reference / part['figures'][name]['median_ms']:.0f} ×"
+                for name, reference in BYZFL_SECONDS.items()
+            ]
+    if not options.large:
+        result["left_out"]["D = 1.1e7"] = "needs --large"
+    return result
+
+
+def measure(names: Iterable[str], count: int, size: int, options: harness.Options, **arguments: Any) -> dict[str, Any]:
+    """Race rules on one cohort of `count` updates of `size` parameters."""
+    cohort = draw(count, size)
+    weights, rows = cohort.weights, cohort.rows
+    sides: dict[str, harness.Side] = {
+        "limit": lambda number: weights @ rows,
+        "gram": lambda number: ((rows @ rows.T).sum(1)) @ rows,
+    }
+    left_out = {}
+    for name in names:
+        try:
+            side = rule_side(name, cohort)
+            side(0)
+        except Exception as error:
+            left_out[name] = f"does not run on a bare matrix of updates ({type(error).__name__})"
+        else:
+            sides[name] = side
+    pairs = [(name, against) for name in sides for against in ("limit", "gram") if name not in ("limit", "gram")]
+    return {**harness.compare(sides, pairs, options, warm=0, **arguments), "left_out": left_out}
+
+
+def draw(count: int, size: int) -> Cohort:
+    """Return `count` updates around a common direction, in tensors of unequal sizes, with unequal weights."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(count, size, generator=generator)  # (K, D)
+    rows += torch.randn(size, generator=generator)
+    weights = torch.rand(count, generator=generator) + 0.5  # (K,)
+    sizes = [round(share * size) for share in TENSORS[:-1]]
+    # Round 2: some rules take the plain mean in the first.
+    return cohort_of(rows, weights / weights.sum(), sizes=[*sizes, size - sum(sizes)], round=2)
+
+
+def rule_side(name: str, cohort: Cohort) -> harness.Side:
+    """Return a rule's work on a cohort, told that one client in five is Byzantine if it has to be told."""
+    told = {"num_byzantine": len(cohort) // SHARE_BYZANTINE}
+    arguments: dict[str, Any] = {**told, "rule": TrimmedMean(**told)} if name == "nnm" else dict(told)
+    try:
+        rule = build_rule(name, **arguments)
+    except UserError:
+        rule = build_rule(name)
+    state = rule.init(cohort.layout, len(cohort))
+
+    def apply(number: int) -> Tensor:
+        delta: Tensor = rule(cohort, state)[0]
+        return delta
+
+    return apply
+
+
+def _suffixed(name: str, suffix: str) -> str:
+    return "/".join(part + suffix for part in name.split("/"))
+
+
+def _line(name: str, figures: Mapping[str, Any], ratios: Mapping[str, Any]) -> str:
+    shares = "".join(
+        f"  {1 / ratios[f'{name}/{against}']['median']:6.2f} × {against}" for against in ("limit", "gram")
+        if f"{name}/{against}" in ratios
+    )  # fmt: skip
+    return f"{name:<20} {figures[name]['median_ms']:9.1f} ms{shares}"
+
+
+def main() -> None:
+    """Time some rules alone: for whoever works on one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rules", nargs="*", metavar="RULE", help="names of configs/strategy; none: all")
+    parser.add_argument("--count", type=int, default=50, help="K")
+    parser.add_argument("--size", type=int, default=10**6, help="D")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    harness.pin(given.threads)
+    options = harness.Options(threads=given.threads, rounds=given.rounds)
+    result = measure(given.rules or strategy_names(), given.count, given.size, options)
+    for name in sorted(result["figures"], key=lambda name: result["figures"][name]["median_ms"]):
+        print(_line(name, result["figures"], result["ratios"]))
+    for name, why in result["left_out"].items():
+        print(f"left out: {name}: {why}")
+
+
+if __name__ == "__main__":
+    main()
