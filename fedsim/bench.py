@@ -94,8 +94,7 @@ class Report:
         far = [side.name for side in self.sides if self._difference(side) > self.rounding]
         if far:
             lines.append(f"the first round of {', '.join(far)} differs by more than {self.rounding:g}: report it")
-        kernels = f", {self.auto.plan['kernels']}" if "kernels" in self.auto.plan else ""
-        lines.append(f"engine=auto takes {self.auto.plan['engine']}{kernels} ({self.auto.plan['why']})")
+        lines.append(f"engine=auto takes {self.auto.plan['engine']} ({self.auto.plan['why']})")
         if self.cut:
             counts = sorted({len(side.seconds) for side in self.sides if side.seconds})
             lines.append(f"time was short: {'–'.join(map(str, counts))} timed rounds an engine")
@@ -142,10 +141,9 @@ def bench(config: Config, *, seconds: float = 45.0, say: Callable[[str], None] =
         sides = [Side(name, arguments) for name, arguments in _engines(config).items()]
         for number, side in enumerate(sides):
             say(f"{side.name}: first round")
+            stack.callback(_close, side)
             _start(side, config, folder / str(number))
-            if side.loop is not None:
-                stack.callback(side.loop.experiment.engine.close)
-        running = [side for side in sides if side.loop is not None]
+        running = [side for side in sides if not side.refusal]
         if not running:
             raise UserError(f"no engine runs this config: {sides[0].refusal}")
         cut = _race(running, seconds - (time.perf_counter() - began), say)
@@ -194,7 +192,14 @@ def _start(side: Side, config: Config, folder: Path) -> None:
         side.plan, side.memory = experiment.plan, peak.bytes
         side.first = (side.loop.weights - experiment.initial).cpu().double()
     except (UserError, torch.OutOfMemoryError) as error:
-        side.loop, side.refusal = None, str(error).splitlines()[0]
+        side.refusal = str(error).splitlines()[0]
+
+
+def _close(side: Side) -> None:
+    if side.loop is not None:
+        side.loop.rounds.close()
+        side.loop.times.close()
+        side.loop.experiment.engine.close()
 
 
 def _race(sides: list[Side], seconds: float, say: Callable[[str], None]) -> bool:

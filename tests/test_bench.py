@@ -1,0 +1,142 @@
+"""`fedsim bench` measures one's own config on the engines that run it, and writes the winner where auto reads it."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fedsim import bench as module
+from fedsim.bench import LEAST, MOST, Report, Side, bench
+from fedsim.build import build
+from fedsim.cli import main
+from fedsim.config import compose
+from fedsim.errors import UserError
+from fedsim.peak import Peak
+
+TINY = ["data=blobs", "model=logreg", "partition.num_clients=6", "threads=1", "metrics.per_client=false"]
+
+
+@pytest.fixture(autouse=True)
+def place(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    return tmp_path / "config" / "fedsim" / "engines.json"
+
+
+@pytest.fixture(scope="module")
+def report():
+    return bench(compose(TINY), seconds=0.0)
+
+
+def test_every_engine_that_runs_the_config_is_timed_and_agrees(report):
+    named = [side.name for side in report.sides]
+    assert named == list(module.ENGINES)
+    for side in report.sides:
+        assert len(side.seconds) >= LEAST
+        assert side.seconds == [s for s in side.seconds if s > 0]
+        # one round in float32; the engines' arithmetic differs in order only
+        assert report._difference(side) < 1e-5
+    assert {side.plan["engine"] for side in report.sides} >= {"sequential", "vectorized"}
+
+
+def test_time_that_is_up_cuts_and_says_so(report):
+    assert report.cut
+    assert f"time was short: {LEAST} timed rounds an engine" in report.lines()
+
+
+def test_the_table_says_what_auto_would_take_as_a_run_does(report):
+    experiment = build(compose(TINY))
+    experiment.engine.close()
+    plan = experiment.plan
+    assert f"engine=auto takes {plan['engine']} ({plan['why']})" in report.lines()
+
+
+def test_figures_of_a_round_by_hand():
+    # 6 clients a round, of 10 samples in steps of 4, twice: 3 steps a pass, all samples seen twice
+    training = SimpleNamespace(batch_size=4, num_steps=lambda sizes: 2 * np.ceil(sizes / 4))
+    task = SimpleNamespace(training=training, partition=SimpleNamespace(sizes=np.full(8, 10)))
+    experiment = SimpleNamespace(task=task, participants=np.arange(8), cohort_size=6)
+    assert module._samples(experiment) == 6 * 20
+    side = Side("sequential", {}, seconds=[0.4, 0.1, 0.2], first=torch.ones(2), memory=3_000_000)
+    report = Report(sides=[side], auto=Side("auto", {}, plan={"engine": "sequential", "why": "as it is"}),
+                    clients=6, samples=120, situation="here", cut=False, rounding=1e-2)  # fmt: skip
+    assert report.lines()[1].split() == ["sequential", "200.00", "30", "600", "3.0", "MB", "0e+00"]
+
+
+def test_engines_that_differ_are_named(report):
+    far = Side("other", {}, seconds=[1.0], first=2 * report.sides[0].first)
+    # the same step twice as long: its difference is the step's own norm
+    spoilt = replace(report, sides=[*report.sides, far])
+    assert spoilt._difference(far) == pytest.approx(1.0)
+    assert any(line.startswith("the first round of other differs") for line in spoilt.lines())
+    assert not any("differs" in line for line in report.lines())
+
+
+def test_what_does_not_run_says_why(monkeypatch):
+    monkeypatch.setitem(module.ENGINES, "vectorized, fused", {"name": "vectorized", "kernels": "none such"})
+    found = bench(compose(TINY), seconds=0.0)
+    refused = {side.name: side.refusal for side in found.sides if side.refusal}
+    assert list(refused) == ["vectorized, fused"]
+    assert any(line.startswith("vectorized, fused: does not run: ") and "none such" in line for line in found.lines())
+
+
+def test_an_engine_that_is_asked_for_is_a_side_of_its_own():
+    named = module._engines(compose([*TINY, "engine=vectorized", "engine.chunk=2"]))
+    assert named["as given"] == {"name": "vectorized", "chunk": 2, "kernels": "auto"}
+    assert "as given" not in module._engines(compose(TINY))
+
+
+def test_slow_sides_are_left_out_where_time_is_short(monkeypatch):
+    sides = [Side("a", {}, loop=object(), warm=1.0), Side("b", {}, loop=object(), warm=9.0)]
+    monkeypatch.setattr(module, "_round", lambda loop: 0.5)
+    assert module._race(sides, 5.0, lambda _: None) is False
+    assert [len(side.seconds) for side in sides] == [MOST, 0]
+    assert module._race(sides, 100.0, lambda _: None) is False
+    assert [len(side.seconds) for side in sides] == [2 * MOST, MOST]
+
+
+def test_save_writes_what_auto_then_takes(place, capsys):
+    assert main(["bench", *TINY, "--save"]) == 0
+    out = capsys.readouterr().out
+    (row,) = json.loads(place.read_text()).values()
+    assert set(row["milliseconds"]) == set(module.ENGINES)
+    best = min(row["milliseconds"], key=row["milliseconds"].get)
+    assert row["engine"] == module.ENGINES[best]
+    assert f"engine=auto takes {best} from now on ({place})" in out
+    experiment = build(compose(TINY))
+    experiment.engine.close()
+    assert experiment.plan["why"] == f"measured on {row['measured']} by fedsim bench"
+    assert experiment.plan["engine"] == row["engine"]["name"]
+
+
+def test_without_save_nothing_is_written_and_no_run_folder_made(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *TINY]) == 0
+    assert not place.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "part"), [(["resume=x"], "resume is for fedsim run"), (["model=mlpp"], "did you mean 'mlp'")]
+)
+def test_wrong_input(words, part, capsys):
+    assert main(["bench", *words]) == 2
+    assert part in capsys.readouterr().err
+
+
+def test_a_config_that_no_engine_runs_is_one_line(monkeypatch):
+    for name in list(module.ENGINES):
+        monkeypatch.setitem(module.ENGINES, name, {"name": "vectorized", "kernels": "none such"})
+    with pytest.raises(UserError, match="no engine runs this config"):
+        bench(compose(TINY), seconds=0.0)
+
+
+def test_peak_counts_what_is_let_go_again():
+    with Peak("cpu") as peak:
+        block = torch.ones(16 << 18)  # 16 MiB
+        del block
+    if peak.bytes is None:
+        pytest.skip("this system does not tell a process's peak")
+    assert 15 << 20 < peak.bytes < 64 << 20
