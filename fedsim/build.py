@@ -20,7 +20,6 @@ from fedsim.contracts import Dataset, Partition
 from fedsim.data.check import check_dataset
 from fedsim.data.kept import kept
 from fedsim.data.splits import ClientSplits, split_clients, validation_split
-from fedsim.engine.auto import make_engine
 from fedsim.engine.mimic import Mimic
 from fedsim.engine.store import ClientStore
 from fedsim.engine.task import BUFFER, LOCAL, Task
@@ -31,7 +30,7 @@ from fedsim.layout import Layout
 from fedsim.local import LocalTraining
 from fedsim.models.dropout import replace_dropout
 from fedsim.models.parameters import Parameters, initialise, load_init, split_parameters
-from fedsim.plan import check_cohort, check_evaluation, planned
+from fedsim.plan import check_cohort, check_evaluation, planned, planned_engine
 from fedsim.rng import generator
 from fedsim.settings import Run
 from fedsim.timing import timed
@@ -42,13 +41,14 @@ THREADS_PAY = 2e7
 TRAINING = tuple(LocalTraining.__dataclass_fields__)
 
 
-def build(config: Config, parts: Parts | None = None) -> Experiment:
+def build(config: Config, parts: Parts | None = None, saved: Mapping[str, Any] | None = None) -> Experiment:
     """Build everything that a run needs.
 
     Args:
         config: as `fedsim.config.compose` returns it.
         parts: objects that stand in for groups: data (a Dataset), partition, model (an nn.Module or a function that
             returns one), client (an objective), training (a LocalTraining), strategy, sampler, attack, compressor.
+        saved: the plan of the run that is gone on with: threads, engine and rhythms are taken from it.
 
     Raises:
         UserError: anything that cannot be run, in one line.
@@ -78,7 +78,8 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     initial, buffers = _initial(model, names.shared), _initial_buffers(model, names.buffers)
     cohort = cohort_size(run.fraction, int((task.partition.sizes > 0).sum()))
     # From here on the module's tensors are the engine's.
-    engine, reason = make_engine(task, cohort=cohort, threads=run.threads or num_cores(), **plain(config.engine))
+    threads = run.threads or num_cores()
+    engine, reason = planned_engine(task, plain(config.engine), cohort=cohort, threads=threads, saved=saved)
     sampler = parts.get("sampler") or instantiate(_without(config.sampler, "seed"), "sampler")
     evaluation = parts.get("metrics") or instantiate(config.metrics)
     tracker = parts.get("tracker") or instantiate(config.tracker)
@@ -96,7 +97,7 @@ def build(config: Config, parts: Parts | None = None) -> Experiment:
     if uplink is not None:
         check_uplink(uplink, strategy, foreign=experiment.foreign is not None)
     experiment = timed(experiment, config, parts)
-    experiment = planned(experiment, plain(config))
+    experiment = planned(experiment, plain(config), saved)
     check_cohort(experiment)
     check_evaluation(experiment)
     return experiment
@@ -255,7 +256,10 @@ def _task(
         work = _probe(model, x, dataset.num_classes) * (training.batch_size or int(partition.sizes.max()))
     except Exception as error:
         shape = tuple(x.shape[1:])
-        raise UserError(f"model: it does not take inputs of shape {shape}: {str(error).splitlines()[0]}") from error
+        hint = "" if x.is_floating_point() else "; these are tokens: choose model=char_gru, or a model that embeds them"
+        raise UserError(
+            f"model: it does not take inputs of shape {shape}: {(str(error).splitlines() or [''])[0]}{hint}"
+        ) from error
     torch.set_num_threads(run.threads or (num_cores() if work >= THREADS_PAY else 1))
     return Task(
         module=model, shared=names.shared, local=names.local, buffers=names.buffers, objective=objective,

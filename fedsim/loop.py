@@ -21,13 +21,11 @@ from fedsim.engine.rounds import AllUpdatesBad, Trainer
 from fedsim.errors import UserError
 from fedsim.evaluation import ClientFigures, Evaluator, with_evaluation
 from fedsim.experiment import Experiment
+from fedsim.figures import Figures
 from fedsim.flower.grid import SimulationGrid
 from fedsim.flower.state import capture, initial_parts, restore
 from fedsim.flower.strategy import RuleStrategy, aggregate
-from fedsim.metrics.budget import Due
-from fedsim.metrics.communication import traffic
-from fedsim.metrics.drift import drift_of_rows, drift_of_sums
-from fedsim.metrics.records import ClientLog, RoundLog
+from fedsim.metrics.records import ClientLog, RoundLog, write_json
 from fedsim.stopping import Stopping
 
 
@@ -44,14 +42,13 @@ class Loop:
     def __init__(self, experiment: Experiment, folder: Path, observer: Observer) -> None:
         self.experiment, self.folder, self.observer = experiment, folder, observer
         self.settings, self.task = experiment.settings, experiment.task
+        self.plan = experiment.plan  # as written: a resumed run's is that of the run which it goes on with
         self.weights = experiment.initial.clone()  # (D,)
         self.round = 0
         self.stopping = Stopping(experiment.settings, experiment.evaluation.every or 1)
-        self.last_known: dict[str, Any] = {}
-        self.previous: Tensor | None = None  # the last aggregate (D,)
         self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0, "record": 0.0}
         self.uplink = experiment.uplink
-        adversary = self.adversary = None if self.uplink is None else self.uplink.adversary
+        adversary = None if self.uplink is None else self.uplink.adversary
         self.evaluator = Evaluator(
             self.task, experiment.dataset, experiment.splits, experiment.evaluation,
             byzantine=None if adversary is None else adversary.byzantine,
@@ -68,6 +65,7 @@ class Loop:
         self.dispatcher = self.backend.dispatcher = Dispatcher(
             experiment, lambda ids: self.evaluator.train_losses(self.weights, self.backend.buffers, ids)
         )
+        self.figures = Figures(experiment, self.evaluator, self.backend, self.dispatcher, self._broadcast)
         self.rounds = RoundLog(folder / "rounds.jsonl")
         self.times = RoundLog(folder / "timings.jsonl")
         self.clients = ClientLog(folder)
@@ -81,13 +79,19 @@ class Loop:
 
     def _backend(self) -> EngineBackend:
         rule = self.experiment.strategy
-        streamed = self.experiment.plan["rows"] == "streamed"
+        settings, plan = self.settings, self.experiment.plan
+        streamed = plan["rows"] == "streamed"
         if self.uplink is not None and callable(rule):
             self.uplink.aggregate = lambda cohort: rule(cohort, self.strategy.state)[0]
+        trainer = Trainer(
+            self.experiment.engine, settings.on_bad_update, settings.on_client_error, block=plan["block_rows"],
+            changes=plan["changes"],
+        )  # fmt: skip
+        trainer.halving.told = self._halved
         return EngineBackend(
-            Trainer(self.experiment.engine, self.settings.on_bad_update, self.settings.on_client_error),
+            trainer,
             buffers=self.experiment.initial_buffers,
-            average_buffers=self.settings.buffers == "average",
+            average_buffers=settings.buffers == "average",
             test=self.experiment.splits.test,
             coefficients=(lambda cohort: rule.coefficients(cohort, self.strategy.state)) if streamed else None,
             reduced_extras=rule.reduced_extras if isinstance(rule, LinearRule) else (),
@@ -111,7 +115,7 @@ class Loop:
     def step(self, round: int) -> None:
         """Do one round."""
         started = time.perf_counter()
-        self.backend.cohort = None
+        self.backend.cohort, buffers = None, self.backend.buffers
         arrivals = self.dispatcher.next(round, self.weights, self._broadcast)
         self.grid.cohort = arrivals.clients
         train = self._train_seconds()
@@ -122,13 +126,15 @@ class Loop:
             self._warn(round)
         weights = weights.to(self.task.device, self.task.dtype)
         if not bool(torch.isfinite(weights).all()):
+            self.backend.buffers = buffers
             raise AllUpdatesBad(f"round {round}: the new model is not finite; the run keeps that of round {self.round}")
         trained = time.perf_counter()
         delta = weights - self.weights
         self.weights, self.round = weights, round
-        due = self.experiment.evaluation.due(round, self.settings.num_rounds)
-        row, clients = self._measure(due, delta, metrics)
-        self.previous = delta if len(arrivals.clients) else self.previous
+        row, clients = self.figures.measure(round, weights, delta, self._cohort())
+        row |= metrics  # a (K,) tensor becomes a column of the clients' table
+        if len(arrivals.clients):
+            self.figures.previous = delta
         measured = time.perf_counter()
         self.stopping.look(round, row)
         self._record(row, clients)
@@ -141,6 +147,17 @@ class Loop:
             self.seconds[name] += seconds
         self.times.append(round, {f"seconds_{name}": seconds for name, seconds in times.items()})
         self.observer.round({**row, "round": round, "seconds": ended - started})
+
+    def _halved(self, change: Mapping[str, int]) -> None:
+        """Say that memory ran out, and write it into the plan."""
+        self.observer.warn(
+            f"round {change['round']}: out of memory on the device; chunks of {change['chunk']} clients from here on"
+        )
+        self.write_plan()
+
+    def write_plan(self) -> None:
+        """Write the plan, with what has changed of it."""
+        write_json(self.folder / "plan.json", self.plan)
 
     def _warn(self, round: int) -> None:
         """Say whose updates were left out."""
@@ -155,73 +172,11 @@ class Loop:
     def _train_seconds(self) -> float:
         return self.backend.trainer.seconds
 
-    def _measure(
-        self, due: Due, delta: Tensor, metrics: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], ClientFigures | None]:
-        evaluator, buffers = self.evaluator, self.backend.buffers
-        cohort = self._cohort()
-        row: dict[str, Any] = {}
-        known: dict[str, Any] = {}
-        if due.server:
-            known |= evaluator.global_figures(self.weights, buffers)
-        clients = evaluator.client_figures(self.weights, buffers) if due.clients else None
-        if clients is not None:
-            known |= clients.figures
-        known = {name: float(value) for name, value in known.items()}
-        self.last_known |= known
-        row |= {
-            "accuracy": self.last_known.get("accuracy"),
-            "loss": self.last_known.get("loss"),
-            "evaluated": due.server,
-        }
-        row |= known | self.dispatcher.row()
-        if cohort is None and self.experiment.foreign is None:
-            row["num_participants"] = 0
-        if cohort is not None:
-            row |= self._cohort_figures(cohort, delta) | self.dispatcher.columns(cohort)[0]
-            if due.decomposition:
-                row |= evaluator.decomposition(self.weights, buffers, cohort)
-        row |= metrics  # a (K,) tensor becomes a column of the clients' table
-        return row, clients
-
     def _cohort(self) -> Cohort | None:
         """Return this round's cohort; a Flower strategy over a foreign app never makes one."""
         if self.experiment.foreign is None:
             return self.backend.cohort
         return self.strategy.cohort if isinstance(self.strategy, RuleStrategy) else None
-
-    def _cohort_figures(self, cohort: Cohort, delta: Tensor) -> dict[str, Any]:
-        row: dict[str, Any] = {
-            "num_participants": len(cohort),
-            "num_dropped": self.backend.trainer.dropped + len(self.backend.trainer.failures),
-            "lr": self.task.training.rate(self.round),
-        }
-        losses = cohort.extras.get("train_loss")
-        if losses is not None:
-            share = cohort.weights / cohort.weights.sum()
-            row["train_loss"] = (share.double() * losses.double()).sum()
-        row |= self._traffic(cohort)
-        if self.experiment.evaluation.drift and self.task.shared.size:
-            row |= {**self._drift(cohort), "step_norm": torch.linalg.vector_norm(delta)}
-        if self.adversary is not None:
-            row |= self.adversary.figures(cohort, delta)
-        return row
-
-    def _traffic(self, cohort: Cohort) -> dict[str, int]:
-        sent, num_sent = self._broadcast(), len(self.grid.cohort)
-        if self.dispatcher.arrivals is not None:
-            num_sent = self.dispatcher.arrivals.num_sent
-        buffers = self.task.buffers.size if self.settings.buffers == "average" else 0
-        return traffic(
-            cohort, sent, num_sent=num_sent, num_received=len(cohort) + self.backend.trainer.dropped,
-            buffers=buffers * self.task.dtype.itemsize,
-            update=None if self.uplink is None else self.uplink.num_bytes(self.task.dtype.itemsize),
-        )  # fmt: skip
-
-    def _drift(self, cohort: Cohort) -> dict[str, Any]:
-        if cohort.streamed is not None:
-            return drift_of_sums(cohort.streamed, self.previous)
-        return drift_of_rows(cohort, self.previous, cosines=self.experiment.evaluation.cosines)
 
     def _broadcast(self) -> Mapping[str, Any]:
         """Return what the rule sends with the newest version."""
@@ -251,6 +206,7 @@ class Loop:
         rule = self.strategy.state if isinstance(self.strategy, RuleStrategy) else capture(self.strategy, self._new)
         return {
             "config": _identity(self.experiment.config),
+            "plan": self.plan,
             "weights": self.weights,
             "buffers": self.backend.buffers,
             "strategy": rule,
@@ -258,8 +214,7 @@ class Loop:
             "uplink": {} if self.uplink is None else self.uplink.state(),
             "foreign": self.experiment.foreign.capture() if self.experiment.foreign else {},
             "stopping": self.stopping.state(),
-            "last_known": self.last_known,
-            "previous": self.previous,
+            "figures": self.figures.state(),
             "time": self.dispatcher.state(),
             "seconds": self.seconds,
         }
@@ -292,8 +247,7 @@ class Loop:
                 self.uplink.load(state["uplink"])
             self.dispatcher.load(state["time"], lambda value: _to(value, device))
             self.stopping.load(state["stopping"])
-            self.last_known = state["last_known"]
-            self.previous = None if state["previous"] is None else state["previous"].to(device)
+            self.figures.load(state["figures"], device)
             self.seconds = state["seconds"]
         self.rounds.truncate_to(self.round)
         self.times.truncate_to(self.round)

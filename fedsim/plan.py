@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fedsim import __version__
+from fedsim import __version__, checkpoint
 from fedsim.contracts import LinearRule
-from fedsim.engine.task import BUFFER, LOCAL
+from fedsim.engine.auto import make_engine
+from fedsim.engine.rounds import block_rows
+from fedsim.engine.task import BUFFER, LOCAL, Engine, Task
 from fedsim.errors import UserError
 from fedsim.experiment import Experiment
 from fedsim.metrics.budget import Evaluation
 
 
-def planned(experiment: Experiment, config: Mapping[str, Any]) -> Experiment:
-    """Resolve what decides the bits: written to plan.json and taken from there on resume."""
+def planned(experiment: Experiment, config: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> Experiment:
+    """Resolve what decides the bits: written to plan.json and to every checkpoint, and taken from there on resume.
+
+    Args:
+        experiment: whose `plan` says why its engine was chosen.
+        config: plain, as written to config.yaml.
+        saved: the plan of the run that is gone on with; its rhythms hold whatever the budget would say now.
+
+    """
     task, run = experiment.task, experiment.settings
     cohort = experiment.num_participants
     sizes = task.partition.sizes[experiment.participants]
@@ -29,7 +41,8 @@ def planned(experiment: Experiment, config: Mapping[str, Any]) -> Experiment:
     batch = np.minimum(sizes, task.training.batch_size or sizes.max())
     passed = np.where(sizes > 0, steps * batch, 0)
     samples = max(1, round(float(passed.mean()) * cohort))
-    evaluation: Evaluation = experiment.evaluation.resolve(
+    kept = {"every": saved["evaluate_every"], "clients_every": saved["evaluate_clients_every"]} if saved else {}
+    evaluation: Evaluation = replace(experiment.evaluation, **kept).resolve(
         samples,
         sum(len(p) for name, p in experiment.dataset.splits.items() if name not in ("train", "backdoor")),
         int(experiment.splits.test.sizes.sum()) + _tuning_samples(experiment),
@@ -37,11 +50,14 @@ def planned(experiment: Experiment, config: Mapping[str, Any]) -> Experiment:
     why = _needs_rows(experiment, evaluation)
     state = sum(value.numel() for value in task.store.first.values()) * cohort
     cost = CheckpointCost(float(steps.mean()) * cohort, samples, task.shared.size, 4 * (3 * task.shared.size + state))
+    engine = dict(experiment.engine.plan)
     plan = {
-        **experiment.engine.plan,
+        "engine": engine.pop("engine"),
+        "engine_arguments": engine,
         **experiment.plan,
         "rows": f"held: {why}" if why else "streamed",
-        "device": str(task.device) if task.device.type == "cpu" else torch.cuda.get_device_name(task.device),
+        "block_rows": saved["block_rows"] if saved else block_rows(experiment.engine),
+        "device": torch.cuda.get_device_name(task.device) if task.device.type == "cuda" else task.device.type,
         "threads": torch.get_num_threads(),
         "dtype": run.dtype,
         "parameters": task.shared.size,
@@ -49,13 +65,89 @@ def planned(experiment: Experiment, config: Mapping[str, Any]) -> Experiment:
         "clients": len(experiment.participants),
         "evaluate_every": evaluation.every,
         "evaluate_clients_every": evaluation.clients_every,
-        "checkpoint_every": run.checkpoint.every or cost.every(),
+        "checkpoint_every": saved["checkpoint_every"] if saved else run.checkpoint.every or cost.every(),
         "versions": {
             "fedsim": __version__, "python": platform.python_version(), "torch": str(torch.__version__),
             "numpy": np.__version__, "flwr": version("flwr"),
         },
+        "changes": copy.deepcopy(saved["changes"]) if saved else [],
     }  # fmt: skip
     return replace(experiment, plan=plan, evaluation=evaluation, config=config)
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """Return the plan of a run: its plan.json, or what its newest checkpoint says where that cannot be read.
+
+    Raises:
+        UserError: neither can be read.
+
+    """
+    try:
+        plan: dict[str, Any] = json.loads((folder / "plan.json").read_text())
+        _ = plan["engine_arguments"], plan["changes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        checkpoints = folder / "checkpoints"
+        if not checkpoint.rounds(checkpoints):
+            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"resume={folder}: its plan.json cannot be read: {what}") from error
+        plan = checkpoint.load(checkpoints)[1]["plan"]
+    return plan
+
+
+def planned_engine(
+    task: Task, given: Mapping[str, Any], *, cohort: int, threads: int, saved: Mapping[str, Any] | None
+) -> tuple[Engine, str]:
+    """Make the engine, and say why it is this one.
+
+    Args:
+        task: what all rounds share.
+        given: the config's arguments of the engine, `name` among them.
+        cohort: clients a round.
+        threads: cores at hand.
+        saved: the plan of the run that is gone on with. Its engine and its torch threads are taken again, with what
+            the config says of arguments that decide no bits (workers); on another kind of device they are not.
+
+    """
+    if saved is None:
+        return make_engine(task, cohort=cohort, threads=threads, **given)
+    now = as_changed(saved)
+    torch.set_num_threads(now["threads"])
+    if (now["device"] == "cpu") != (task.device.type == "cpu"):
+        return make_engine(task, cohort=cohort, threads=threads, **given)
+    own = given if given["name"] == now["engine"] else {}
+    again = {**own, "name": now["engine"], **now["engine_arguments"]}
+    return make_engine(task, cohort=cohort, threads=threads, **again)[0], now["why"]
+
+
+def as_changed(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a plan with what earlier resumed runs could not keep; halved chunks hold from their round on."""
+    tree = copy.deepcopy(dict(plan))
+    for change in plan["changes"]:
+        for key, value in change.items():
+            if key not in ("round", "chunk", "block_rows"):
+                *path, last = key.split(".")
+                node = tree
+                for name in path:
+                    node = node[name]
+                node[last] = value
+    return tree
+
+
+def departures(saved: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, value before, value now) of what a resumed run cannot keep of its plan: then bits may differ."""
+    before, now = as_changed(saved), json.loads(json.dumps(as_changed({**plan, "changes": []})))
+    for side in (before, now):
+        side.pop("changes")
+        side.pop("why")
+    yield from _differences(before, now)
+
+
+def _differences(a: Any, b: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(a, dict) and isinstance(b, dict) and set(a) == set(b):
+        for name in sorted(a):
+            yield from _differences(a[name], b[name], f"{prefix}.{name}".lstrip("."))
+    elif a != b:
+        yield prefix, a, b
 
 
 def _tuning_samples(experiment: Experiment) -> int:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedsim.build import build, data
-from fedsim.config import Config, compose, from_tree, plain, to_yaml
+from fedsim.config import Config, compose, to_yaml
 from fedsim.console import Observer
 from fedsim.contracts import Dataset, Partition
 from fedsim.data.splits import save_partition
@@ -29,8 +29,11 @@ from fedsim.local import Int64
 from fedsim.loop import Loop
 from fedsim.metrics.records import RoundLog, write_json
 from fedsim.metrics.skew import label_counts, skew
+from fedsim.objects import with_parts
 from fedsim.partition.picture import draw
-from fedsim.saved import amend, claim_run_dir, has_fixed_folder, load
+from fedsim.plan import departures, read_plan
+from fedsim.saved import amend, claim_run_dir, has_fixed_folder, load, run_dir_named
+from fedsim.summary import SHOWN, plan_line, summarised
 from fedsim.trackers import tracked
 
 GROUPS = ("data", "partition", "model", "client", "training", "strategy", "sampler", "metrics", "attack", "compressor",
@@ -96,7 +99,7 @@ def run(config: Config, observer: Observer, parts: Mapping[str, Any] | None = No
         raise UserError(f"{folder} holds a run already; go on with `fedsim run resume={folder}` or choose another")
     started = time.perf_counter()
     if parts:
-        config = _with_parts(config, parts)
+        config = with_parts(config, parts)
     experiment = build(config, parts)
     folder = claim_run_dir(config)
     with _storage(folder), locked(folder):
@@ -124,47 +127,17 @@ def resume(folder: Path, overrides: Sequence[str], observer: Observer) -> Result
             f"resume={folder}: the run was started from Python with objects for {', '.join(parts)}; "
             "call fedsim.simulate again"
         )
-    try:
-        old = json.loads((folder / "plan.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"resume={folder}: its plan.json cannot be read: {error}") from error
+    saved = read_plan(folder)
     started = time.perf_counter()
-    experiment = build(config)
+    experiment = build(config, saved=saved)
     with _storage(folder), locked(folder):
-        _keep_plan(experiment, old, observer)
         _write_config(config, folder)
-        return _drive(experiment, folder, observer, started, resumed=True)
+        return _drive(experiment, folder, observer, started, saved=saved)
 
 
 def _write_config(config: Config, folder: Path) -> None:
     with atomic(folder / "config.yaml") as file:
         file.write(to_yaml(config, provenance=True).encode())
-
-
-def _differences(a: Any, b: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Return (dotted key, value in a, value in b) of what differs."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return [d for n in sorted({*a, *b}) for d in _differences(a.get(n), b.get(n), f"{prefix}.{n}".lstrip("."))]
-    return [] if a == b else [(prefix, a, b)]
-
-
-def _keep_plan(experiment: Experiment, old: dict[str, Any], observer: Observer) -> None:
-    """Say what a resumed run cannot keep of its plan: then bits may differ."""
-    new = json.loads(json.dumps(dict(experiment.plan)))
-    for name in ("checkpoint_every", "evaluate_every", "evaluate_clients_every"):
-        old.pop(name, None)
-        new.pop(name, None)
-    for key, before, now in _differences(old, new):
-        observer.warn(f"the plan's {key} was {before} and is {now}: results may differ in the last bits")
-
-
-def _with_parts(config: Config, parts: Mapping[str, Any]) -> Config:
-    """Note in a config which groups are objects, so that nobody takes its text for what was run."""
-    tree = plain(config)
-    tree["hydra"]["parts"] = sorted(parts)
-    choices = tree["hydra"]["runtime"]["choices"]
-    choices |= {n: f"<{getattr(part, '__name__', type(part).__name__)}>" for n, part in parts.items() if n in choices}
-    return from_tree(tree)
 
 
 def _describe(experiment: Experiment, config: Config, folder: Path) -> None:
@@ -191,21 +164,24 @@ def _storage(folder: Path) -> Any:
 
 
 def _drive(
-    experiment: Experiment, folder: Path, observer: Observer, started: float, *, resumed: bool = False
+    experiment: Experiment, folder: Path, observer: Observer, started: float, saved: Mapping[str, Any] | None = None
 ) -> Result:
     """Run the rounds, telling the tracker too if there is one."""
     with tracked(observer, experiment.tracker, folder, experiment.config) as told:
-        return _rounds(experiment, folder, told, started, resumed=resumed)
+        return _rounds(experiment, folder, told, started, saved)
 
 
-def _rounds(experiment: Experiment, folder: Path, observer: Observer, started: float, *, resumed: bool) -> Result:
+def _rounds(
+    experiment: Experiment, folder: Path, observer: Observer, started: float, saved: Mapping[str, Any] | None
+) -> Result:
     """Run the rounds and write the results; what was finished is kept whatever happens."""
     loop = Loop(experiment, folder, observer)
-    if resumed:
+    if saved:
         loop.load()
+        _keep_plan(experiment, saved, loop, observer)
         if loop.round >= experiment.settings.num_rounds:
             observer.note(f"the run has its {loop.round} rounds already")
-    observer.plan(_plan_line(experiment.plan))
+    observer.plan(plan_line(experiment.plan))
     setup = time.perf_counter() - started
     try:
         loop.run()
@@ -214,24 +190,24 @@ def _rounds(experiment: Experiment, folder: Path, observer: Observer, started: f
         raise RuntimeError(f"{error} ({folder})") from error
     _write_model(experiment, loop, folder)
     loop.clients.merge()
-    summary = _summary(experiment, loop, setup=setup)
+    summary = summarised(experiment, loop, setup=setup)
     _draw(experiment.dataset, experiment.partition, folder)
     write_json(folder / "summary.json", summary)
-    observer.finish({name: value for name, value in summary.items() if name in _SHOWN} | {"folder": str(folder)})
+    observer.finish({name: value for name, value in summary.items() if name in SHOWN} | {"folder": str(folder)})
     return Result(folder=folder, summary=summary, model=experiment.task.module.eval())
 
 
-_SHOWN = ("accuracy", "loss", "validation_accuracy", "client_accuracy_mean", "client_accuracy_worst",
-          "held_out_accuracy_mean", "num_rounds", "stopped", "bytes_up", "bytes_down", "seconds")  # fmt: skip
-
-
-def _plan_line(plan: Mapping[str, Any]) -> str:
-    return (
-        f"engine {plan['engine']} ({plan['why']}) on {plan['device']}, {plan['dtype']}, {plan['threads']} threads, "
-        f"{plan['parameters']:,} parameters, {plan['cohort']} of {plan['clients']} clients a round, "
-        f"updates {plan['rows']}, evaluation every {plan['evaluate_every']} "
-        f"(clients every {plan['evaluate_clients_every']}), checkpoint every {plan['checkpoint_every']}"
-    )
+def _keep_plan(experiment: Experiment, saved: Mapping[str, Any], loop: Loop, observer: Observer) -> None:
+    """Say what a resumed run cannot keep of its plan, and write down from which round on: its bits may differ."""
+    now = {}
+    for key, before, value in departures(saved, experiment.plan):
+        observer.warn(f"the plan's {key} was {before} and is {value}: results may differ in the last bits")
+        now[key] = value
+    changes = experiment.plan["changes"]
+    if now and loop.round < experiment.settings.num_rounds:
+        changes.append({"round": loop.round + 1, **now})
+    loop.plan = {**saved, "changes": changes}
+    loop.write_plan()
 
 
 def _write_model(experiment: Experiment, loop: Loop, folder: Path) -> None:
@@ -251,27 +227,6 @@ def _write_model(experiment: Experiment, loop: Loop, folder: Path) -> None:
     partial = folder / ".model.tmp"
     save_file(tensors, partial)
     partial.replace(folder / "model.safetensors")
-
-
-def _summary(experiment: Experiment, loop: Loop, *, setup: float) -> dict[str, Any]:
-    rows = RoundLog.read(loop.folder / "rounds.jsonl")
-    evaluated = [row for row in rows if row.get("evaluated")]
-    best = max(evaluated, key=lambda row: row.get("validation_accuracy") or -1.0, default={})
-    return {
-        "status": "stopped" if loop.stopping.reason else "done",
-        "stopped": loop.stopping.reason,
-        "num_rounds": loop.round,
-        "seed": experiment.settings.seed,
-        "choices": experiment.config["hydra"]["runtime"]["choices"],
-        **{name: value for name, value in loop.last_known.items() if not name.startswith("recall_")},
-        "best_validation": {name: best.get(name) for name in ("round", "validation_accuracy", "accuracy", "loss")},
-        "simulated_seconds": rows[-1].get("simulated_seconds") if rows else None,
-        "bytes_up": sum(row.get("bytes_up") or 0 for row in rows),
-        "bytes_down": sum(row.get("bytes_down") or 0 for row in rows),
-        "num_dropped": sum(row.get("num_dropped") or 0 for row in rows),
-        "seconds": {"setup": setup, **loop.seconds, "total": setup + sum(loop.seconds.values())},
-        "plan": experiment.plan,
-    }
 
 
 def _draw(dataset: Dataset, drawn: Partition, folder: Path) -> None:
@@ -306,6 +261,7 @@ def _names(dataset: Dataset, drawn: Partition) -> Sequence[str] | None:
 def partition(config: Config, observer: Observer) -> Path:
     """Draw a partition, measure and picture it without training; return the run folder."""
     dataset, drawn, local = data(config)
+    run_dir_named(config, f"partition-{config.hydra.runtime.choices.partition}")
     folder = claim_run_dir(config)
     with _storage(folder), locked(folder):
         _write_config(config, folder)

@@ -1,0 +1,56 @@
+"""What a run says of itself in a few lines: its plan before round 1, its summary after the last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedsim.experiment import Experiment
+from fedsim.loop import Loop
+from fedsim.metrics.records import RoundLog
+
+SHOWN = ("accuracy", "loss", "validation_accuracy", "client_accuracy_mean", "client_accuracy_worst",
+          "held_out_accuracy_mean", "num_rounds", "stopped", "bytes_up", "bytes_down", "seconds")  # fmt: skip
+
+
+def plan_line(plan: Mapping[str, Any]) -> str:
+    """Return what decides the bits of a run, and its rhythms, in one line."""
+    return (
+        f"engine {plan['engine']} ({plan['why']}) on {plan['device']}, {plan['dtype']}, {plan['threads']} threads, "
+        f"{plan['parameters']:,} parameters, {plan['cohort']} of {plan['clients']} clients a round, "
+        f"updates {plan['rows']}, evaluation every {plan['evaluate_every']} "
+        f"(clients every {plan['evaluate_clients_every']}), checkpoint every {plan['checkpoint_every']}"
+    )
+
+
+def summarised(experiment: Experiment, loop: Loop, *, setup: float) -> dict[str, Any]:
+    """Return what summary.json says.
+
+    The best round is chosen among those evaluated in their turn and the last one: the last round of a run that was
+    gone on with later would not have been evaluated in a longer one.
+
+    Args:
+        experiment: what was run.
+        loop: after its last round.
+        setup: seconds before round 1.
+
+    """
+    rows = RoundLog.read(loop.folder / "rounds.jsonl")
+    due = experiment.evaluation.due
+    evaluated = [row for row in rows if row.get("evaluated") and due(row["round"], loop.round).server]
+    best = max(evaluated, key=lambda row: row.get("validation_accuracy") or -1.0, default={})
+    return {
+        "status": "stopped" if loop.stopping.reason else "done",
+        "stopped": loop.stopping.reason,
+        "num_rounds": loop.round,
+        "seed": experiment.settings.seed,
+        "choices": experiment.config["hydra"]["runtime"]["choices"],
+        **{name: value for name, value in loop.figures.known.items() if not name.startswith("recall_")},
+        "best_validation": {name: best.get(name) for name in ("round", "validation_accuracy", "accuracy", "loss")},
+        "simulated_seconds": rows[-1].get("simulated_seconds") if rows else None,
+        "bytes_up": sum(row.get("bytes_up") or 0 for row in rows),
+        "bytes_down": sum(row.get("bytes_down") or 0 for row in rows),
+        "num_dropped": sum(row.get("num_dropped") or 0 for row in rows),
+        "seconds": {"setup": setup, **loop.seconds, "total": setup + sum(loop.seconds.values())},
+        "plan": loop.plan,
+    }
