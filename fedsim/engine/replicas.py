@@ -1,0 +1,307 @@
+"""Replicas: several runs of one shape, whose rows train as one batched program.
+
+Each run goes on in a thread of its own, of which one runs at a time, so that nothing depends on how threads are
+scheduled. A run that asks its engine to train waits; when all wait or have ended, the rows of those that are in the
+earliest round are trained together. A replica thus needs no other code than a run alone.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.engine.laid import Laid, Plan, Target, lay_out
+from fedsim.engine.task import Block, Engine, Job, Task, room
+from fedsim.engine.vectorized import Vectorized
+from fedsim.local import Int64, Schedule
+
+RATES = ("lr", "lr_decay", "lr_decay_every")  # of `LocalTraining`: what may differ between replicas
+PIECES = 4  # chunks on a CPU that the rows of small cohorts are shared out over: enough to keep threads busy
+FEWEST = 16  # rows of such a chunk: fewer would cost more in calls than they save
+
+
+class Part(NamedTuple):
+    """What one replica wants trained."""
+
+    task: Task
+    job: Job
+    out: Tensor  # (K, D)
+
+
+class Seat:
+    """A replica's engine: waits until the others have rows to train too.
+
+    Args:
+        meeting: of all replicas.
+        engine: that trains the rows; replicas that share one train together.
+        task: the replica's own.
+
+    """
+
+    def __init__(self, meeting: Meeting, engine: Engine, task: Task) -> None:
+        self.engine, self.task, self._meeting = engine, task, meeting
+        self.plan: Mapping[str, Any] = engine.plan
+        self.block_rows = engine.block_rows
+        self.part: Part | None = None  # waits to be trained
+        self.outcome: Block | BaseException | None = None
+        self.error: BaseException | None = None  # that ended the replica
+        self.done = False
+        self.go = threading.Semaphore(0)
+
+    def train(self, job: Job, out: Tensor) -> Block:
+        """Wait until the rows are trained."""
+        self.part = Part(self.task, job, out)
+        self._meeting.back.release()
+        self.go.acquire()
+        if self._meeting.stopped:
+            raise Stopped
+        outcome, self.outcome = self.outcome, None
+        if isinstance(outcome, BaseException):
+            raise outcome
+        assert outcome is not None  # the meeting trains a part before it lets its seat go on
+        return outcome
+
+    def close(self) -> None:
+        """Hold nothing: engines are closed by who made them."""
+
+
+class Stopped(BaseException):
+    """The replicas are ended from outside."""
+
+
+class Meeting:
+    """Lets replicas run in turn, and trains those that wait."""
+
+    def __init__(self) -> None:
+        self.back = threading.Semaphore(0)
+        self.seats: list[Seat] = []
+        self.stopped = False
+        self._running: Seat | None = None
+
+    def seat(self, engine: Engine, task: Task) -> Seat:
+        """Return a further replica's engine."""
+        self.seats.append(Seat(self, engine, task))
+        return self.seats[-1]
+
+    def run(self, bodies: Sequence[Callable[[], None]], num_threads: int) -> list[BaseException | None]:
+        """Run each replica's body to its end and return what ended it early, if anything did.
+
+        Args:
+            bodies: in the order of the seats.
+            num_threads: of array operations in each body.
+
+        """
+        threads = [
+            threading.Thread(
+                target=contextvars.copy_context().run, args=(self._live, seat, body, num_threads), daemon=True
+            )
+            for seat, body in zip(self.seats, bodies, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            while not all(seat.done for seat in self.seats):
+                for seat in self.seats:
+                    if not seat.done and seat.part is None:
+                        self._let(seat)
+                self._train()
+        finally:  # after an interrupt some still live: each unwinds in its turn, so that its files are whole
+            self.stopped = True
+            if self._running is not None:
+                self.back.acquire()
+                self._running = None
+            for seat in self.seats:
+                if not seat.done:
+                    self._let(seat)
+            for thread in threads:
+                thread.join()
+        return [seat.error for seat in self.seats]
+
+    def _let(self, seat: Seat) -> None:
+        self._running = seat
+        seat.go.release()
+        self.back.acquire()
+        self._running = None
+
+    def _live(self, seat: Seat, body: Callable[[], None], num_threads: int) -> None:
+        seat.go.acquire()
+        try:
+            if not self.stopped:
+                torch.set_num_threads(num_threads)
+                body()
+        except BaseException as error:
+            seat.error = error
+        finally:
+            seat.done, seat.part = True, None
+            self.back.release()
+
+    def _train(self) -> None:
+        waiting = [(seat, seat.part) for seat in self.seats if seat.part is not None]
+        if not waiting:
+            return
+        # One that lags, as after a resume, catches up before all train together.
+        round = min(part.job.round for _, part in waiting)
+        waiting = [(seat, part) for seat, part in waiting if part.job.round == round]
+        for engine in {id(seat.engine): seat.engine for seat, _ in waiting}.values():
+            mine = [(seat, part) for seat, part in waiting if seat.engine is engine]
+            for (seat, _), outcome in zip(mine, outcomes(engine, [part for _, part in mine]), strict=True):
+                seat.outcome, seat.part = outcome, None
+
+
+def outcomes(engine: Engine, parts: Sequence[Part]) -> list[Block | BaseException]:
+    """Train parts together; where that fails each by itself, so that a failure is of those it belongs to."""
+    try:
+        if isinstance(engine, Vectorized):
+            return list(train_together(engine, parts))
+        if len(parts) == 1:
+            return [engine.train(parts[0].job, parts[0].out)]
+    except Exception as error:
+        if len(parts) == 1:
+            return [error]
+    return [outcome for part in parts for outcome in outcomes(engine, [part])]
+
+
+def train_together(engine: Vectorized, parts: Sequence[Part]) -> list[Block]:
+    """Train the rows of several replicas as one program, and return the block of each.
+
+    Rows keep their own weights, schedule and keys. Those of different local rates are in different chunks.
+    """
+    blocks: list[Block | None] = [None] * len(parts)
+    trainings, merged = [], []
+    for rate in sorted({part.job.lr for part in parts}):
+        mine = [i for i, part in enumerate(parts) if part.job.lr == rate]
+        chosen = [parts[i] for i in mine]
+        laid = [lay_out(part.task, part.job) for part in chosen]
+        block = _joined([room(p.task, p.job, one.num_steps) for p, one in zip(chosen, laid, strict=True)])
+        job, target = _job([part.job for part in chosen]), Target([part.out for part in chosen])
+        chunks = chunks_of([one.num_steps for one in laid], engine.chunk, on_cpu=engine.task.device.type == "cpu")
+        trainings += engine.trainings(job, _laid(laid), chunks, target, block)
+        merged.append((mine, block))
+    engine.run(trainings)
+    for mine, block in merged:
+        ends = np.cumsum([len(parts[i].job) for i in mine]).tolist()
+        for i, high in zip(mine, ends, strict=True):
+            blocks[i] = _part(block, high - len(parts[i].job), high)
+    return [block for block in blocks if block is not None]
+
+
+def chunks_of(num_steps: Sequence[Int64], size: int, *, on_cpu: bool) -> list[Int64]:
+    """Share out the rows of all parts over chunks: a part's own full chunks as it has them alone, the rest together.
+
+    Args:
+        num_steps: of each part's rows, (K_i,) each.
+        size: rows of a full chunk.
+        on_cpu: whether chunks train side by side.
+
+    Returns:
+        (R,) positions among the rows of all parts each, in descending number of steps.
+
+    """
+    chunks, rest, low = [], [], 0
+    for steps in num_steps:
+        order = low + np.argsort(-steps, kind="stable")  # (K_i,)
+        full = len(order) - len(order) % size
+        chunks += [order[i : i + size] for i in range(0, full, size)]
+        rest.append(order[full:])
+        low += len(order)
+    together = np.concatenate(rest)
+    if len(together):
+        steps = np.concatenate(num_steps)
+        together = together[np.argsort(-steps[together], kind="stable")]
+        size = min(size, max(FEWEST, -(-len(together) // PIECES))) if on_cpu else size
+        chunks += [together[i : i + size] for i in range(0, len(together), size)]
+    return chunks
+
+
+def _job(jobs: Sequence[Job]) -> Job:
+    """Return one job of all rows; versions are numbered anew, since replicas count theirs from 0 each."""
+    received, models, broadcasts = [], {}, {}
+    for job in jobs:
+        versions, where = np.unique(job.received, return_inverse=True)  # (V,), (K,)
+        received.append(len(models) + where)
+        for version in versions.tolist():
+            broadcasts[len(models)] = job.broadcasts.get(version, {})
+            models[len(models)] = job.models[version]
+    return replace(
+        jobs[0],
+        clients=np.concatenate([job.clients for job in jobs]),
+        received=np.concatenate(received),
+        models=models,
+        broadcasts=broadcasts,
+        state={name: torch.cat([job.state[name] for job in jobs]) for name in jobs[0].state},
+        work=None,  # it stands in the schedules
+    )
+
+
+def _laid(all_laid: Sequence[Laid]) -> Laid:
+    if len(all_laid) == 1:
+        return all_laid[0]
+    plans = []
+    for same in zip(*(laid.plans for laid in all_laid), strict=True):
+        orders = [plan.schedule for plan in same]
+        shifts = np.cumsum([0, *(len(order.positions) for order in orders)])
+        order = Schedule(
+            np.concatenate([order.positions for order in orders]),
+            np.concatenate([order.starts[:-1] + shift for order, shift in zip(orders, shifts, strict=False)]
+                           + [shifts[-1:]]),
+            np.concatenate([order.sizes for order in orders]),
+            np.concatenate([order.num_steps for order in orders]),
+            orders[0].batch_size,
+        )  # fmt: skip
+        plans.append(Plan(same[0].number, same[0].moving, order))
+    return Laid(plans, torch.cat([laid.keys for laid in all_laid]))
+
+
+def _joined(blocks: Sequence[Block]) -> Block:
+    if len(blocks) == 1:
+        return blocks[0]
+    columns: list[Any] = [torch.cat([block[i] for block in blocks]) for i in (0, 1, 2, 4)]
+    extras, state = ({n: torch.cat([block[i][n] for block in blocks]) for n in blocks[0][i]} for i in (3, 5))
+    return Block(columns[0], columns[1], columns[2], extras, columns[3], state)
+
+
+def _part(block: Block, low: int, high: int) -> Block:
+    def cut(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value[low:high] for name, value in values.items()}
+
+    return Block(
+        block.square_norms[low:high], block.weights[low:high], block.num_steps[low:high], cut(block.extras),
+        block.buffers[low:high], cut(block.state),
+    )  # fmt: skip
+
+
+def why_apart(first: Task, other: Task) -> str | None:
+    """Say what keeps the rows of two tasks from training as one program; None: nothing does."""
+    if first.x.data_ptr() != other.x.data_ptr() or first.y.data_ptr() != other.y.data_ptr():
+        return "their samples differ"
+    if str(first.module) != str(other.module) or first.dtype != other.dtype or _layouts(first) != _layouts(other):
+        return "their models differ"
+    mine, theirs = dict(first.module.named_parameters()), dict(other.module.named_parameters())
+    frozen = mine.keys() - {*first.shared.names, *first.local.names}
+    if any(not torch.equal(mine[name], theirs[name]) for name in frozen):
+        return "their frozen parameters differ"
+    if not _same(first.objective, other.objective) or not _same(first.augment, other.augment):
+        return "their clients' objectives differ"
+    kept = [field.name for field in fields(first.training) if field.name not in RATES]
+    if any(getattr(first.training, name) != getattr(other.training, name) for name in kept):
+        return "their clients' training differs"
+    return None
+
+
+def _layouts(task: Task) -> tuple[Any, ...]:
+    return task.shared, task.local, task.buffers, task.store.layouts
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Say whether two parts are equal by their own word; one that has none is equal to itself alone."""
+    try:
+        return a is b or (type(a) is type(b) and bool(a == b))
+    except (RuntimeError, ValueError):  # arrays among their fields
+        return False
