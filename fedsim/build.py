@@ -21,6 +21,7 @@ from fedsim.data.check import check_dataset
 from fedsim.data.kept import kept
 from fedsim.data.splits import ClientSplits, split_clients, validation_split
 from fedsim.engine.mimic import Mimic
+from fedsim.engine.precision import refusal, set_tf32
 from fedsim.engine.store import ClientStore
 from fedsim.engine.task import BUFFER, LOCAL, Task
 from fedsim.errors import UserError
@@ -176,11 +177,14 @@ def _machine(run: Run) -> tuple[torch.device, torch.dtype]:
             raise UserError(f"device={run.device}: this machine has {torch.cuda.device_count()} CUDA devices")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        set_tf32(run.precision)
         torch.use_deterministic_algorithms(True, warn_only=True)
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("device=mps: this machine has no Metal device; use device=cpu")
-    return torch.device(name), getattr(torch, run.dtype)
+    device, dtype = torch.device(name), getattr(torch, run.dtype)
+    if reason := refusal(run.precision, device, dtype):
+        raise UserError(reason)
+    return device, dtype
 
 
 def _strategy(config: Config, splits: ClientSplits, run: Run) -> Any:
@@ -264,7 +268,7 @@ def _task(
     return Task(
         module=model, shared=names.shared, local=names.local, buffers=names.buffers, objective=objective,
         training=training, x=x, y=dataset.y.to(x.device), partition=partition,
-        store=ClientStore(partition.num_clients, first), seed=run.seed, augment=dataset.augment,
+        store=ClientStore(partition.num_clients, first), seed=run.seed, augment=dataset.augment, precision=run.precision,
     )  # fmt: skip
 
 

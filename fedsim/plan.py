@@ -60,6 +60,7 @@ def planned(experiment: Experiment, config: Mapping[str, Any], saved: Mapping[st
         "device": torch.cuda.get_device_name(task.device) if task.device.type == "cuda" else task.device.type,
         "threads": torch.get_num_threads(),
         "dtype": run.dtype,
+        "precision": run.precision,
         "parameters": task.shared.size,
         "cohort": cohort,
         "clients": len(experiment.participants),

@@ -46,6 +46,7 @@ class Run:
     fraction: float  # share of the clients in a round's cohort, in (0, 1]
     seed: int  # in [0, 2^63)
     dtype: Literal["float32", "float64"]
+    precision: Literal["fp32", "tf32", "bf16"]  # of the forward's products where dtype is float32
     device: str  # auto, cpu, cuda, cuda:N, mps
     threads: int | None  # CPU threads, ≥ 1; None: one per core
     buffers: Literal["average", "server", "client"]

@@ -11,7 +11,7 @@ from torch.func import grad_and_value, vmap
 
 from fedsim.contracts import Batch
 from fedsim.engine.batches import Step
-from fedsim.engine.model import Functional
+from fedsim.engine.precision import functional
 from fedsim.engine.rows import Rows, Sink
 from fedsim.engine.situation import Situation
 from fedsim.engine.task import Task
@@ -111,7 +111,7 @@ class GenericGradient:
     fused = False
 
     def __init__(self, task: Task, module: nn.Module, *, mixes_samples: bool) -> None:
-        self.task, self.model = task, Functional(module)
+        self.task, self.model = task, functional(task, module)
         # A loss of its own, or a model that looks at a whole batch, must get exactly a row's samples: no repeats.
         self.of_batch = hasattr(task.objective, "loss")
         self.whole = self.of_batch or mixes_samples

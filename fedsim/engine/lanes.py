@@ -29,6 +29,10 @@ def lanes(task: Task, kernels: str, count: int) -> list[Gradient]:
         ValueError: the task cannot be batched that way.
 
     """
+    if task.precision == "bf16":
+        if kernels not in ("auto", "generic"):
+            raise ValueError(f"kernels={kernels} compute in float32; precision=bf16 is for kernels=generic")
+        kernels = "generic"
     if task.buffers.size:
         raise ValueError("the model has running statistics (batch norm?), which batched clients would share")
     mixes = mixes_samples(task)

@@ -41,7 +41,7 @@ def situation(task: Task, cohort: int, threads: int) -> str:
     kinds = Counter(type(m).__name__ for m in module.modules() if next(m.parameters(recurse=False), None) is not None)
     layers = "+".join(f"{count}×{name}" for name, count in sorted(kinds.items()))
     steps = f"{training.local_steps} steps" if training.local_steps else f"{training.local_epochs} epochs"
-    dtype = str(task.dtype).removeprefix("torch.")
+    dtype = task.precision if task.precision != "fp32" else str(task.dtype).removeprefix("torch.")
     most = 1 << (cohort - 1).bit_length()
     cpu = task.device.type != "cuda"
     machine = f"{task.device.type}, {threads} threads" if cpu else torch.cuda.get_device_name(task.device)

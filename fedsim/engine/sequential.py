@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedsim.contracts import Batch, Context, Phase
 from fedsim.engine.client import Plan, Row, Start, Update, gather
-from fedsim.engine.model import Functional
+from fedsim.engine.precision import forward, functional
 from fedsim.engine.task import BUFFER, LOCAL, Block, Job, Task, local_round, mean_criterion, row_keys
 from fedsim.layout import Params
 from fedsim.local import moving
@@ -60,7 +60,8 @@ class Sequential:
             else:
                 own[name].data = view
         self.params: Params = {name: own[name] for name in (*task.shared.names, *task.local.names)}
-        self.model = Functional(task.module, self.params)
+        self.model = functional(task, task.module, self.params)
+        self.forward = forward(task)
         buffers = dict(task.module.named_buffers())
         self.buffers = {BUFFER + name: buffers[name] for name in task.buffers.names}
 
@@ -127,14 +128,14 @@ class Sequential:
 
     def _simple_phase(self, plan: Plan, update: Update, row: int, keys: Tensor, left: Row) -> None:
         """Run the steps of a phase whose loss is a criterion of the logits: the fast path."""
-        module, criterion, enable_grad = self.task.module, self._criterion, torch.enable_grad
+        forward, criterion, enable_grad = self.forward, self._criterion, torch.enable_grad
         params = update.optimizer.params
         update.optimizer.reset()
         step = update.optimizer.step if update.free else update
         for x, y in self._batches(plan, row, keys):
             size = y.shape[0]
             with enable_grad():
-                loss = criterion(module(x), y)
+                loss = criterion(forward(x), y)
                 grads = _gradient(loss, params)
             left.losses.append(loss.detach())
             left.counts.append(size)
@@ -184,7 +185,7 @@ class Sequential:
         if hasattr(objective, "loss"):
             value: Tensor = objective.loss(self.model, self.params, Batch(x, y), context)[0]
         else:
-            value = self._criterion(self.task.module(x), y)
+            value = self._criterion(self.forward(x), y)
         return value
 
     def _weighted(self, logits: Tensor, y: Tensor) -> Tensor:
