@@ -268,7 +268,8 @@ def _task(
     return Task(
         module=model, shared=names.shared, local=names.local, buffers=names.buffers, objective=objective,
         training=training, x=x, y=dataset.y.to(x.device), partition=partition,
-        store=ClientStore(partition.num_clients, first), seed=run.seed, augment=dataset.augment, precision=run.precision,
+        store=ClientStore(partition.num_clients, first), seed=run.seed, augment=dataset.augment,
+        precision=run.precision,
     )  # fmt: skip
 
 
