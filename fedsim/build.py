@@ -18,7 +18,7 @@ from fedsim.config import Config, instantiate, plain, settings
 from fedsim.construct import locate
 from fedsim.contracts import Dataset, Partition
 from fedsim.data.check import check_dataset
-from fedsim.data.kept import kept
+from fedsim.data.kept import kept, placed
 from fedsim.data.splits import ClientSplits, split_clients, validation_split
 from fedsim.engine.mimic import Mimic
 from fedsim.engine.precision import refusal, set_tf32
@@ -246,7 +246,7 @@ def _task(
     run: Run,
 ) -> Task:  # fmt: skip
     parameter = next(model.parameters())
-    x = dataset.x.to(parameter.device, parameter.dtype if dataset.x.is_floating_point() else dataset.x.dtype)
+    x = placed(dataset.x, parameter.device, parameter.dtype if dataset.x.is_floating_point() else dataset.x.dtype)
     objective, training = client
     own = dict(model.named_parameters())
     first = {LOCAL + name: own[name].detach().clone() for name in names.local.names}
@@ -267,7 +267,7 @@ def _task(
     torch.set_num_threads(run.threads or (num_cores() if work >= THREADS_PAY else 1))
     return Task(
         module=model, shared=names.shared, local=names.local, buffers=names.buffers, objective=objective,
-        training=training, x=x, y=dataset.y.to(x.device), partition=partition,
+        training=training, x=x, y=placed(dataset.y, x.device, dataset.y.dtype), partition=partition,
         store=ClientStore(partition.num_clients, first), seed=run.seed, augment=dataset.augment,
         precision=run.precision,
     )  # fmt: skip

@@ -66,6 +66,7 @@ def planned(experiment: Experiment, config: Mapping[str, Any], saved: Mapping[st
         "clients": len(experiment.participants),
         "evaluate_every": evaluation.every,
         "evaluate_clients_every": evaluation.clients_every,
+        "replicas": 1,  # runs whose rows train as one program
         "checkpoint_every": saved["checkpoint_every"] if saved else run.checkpoint.every or cost.every(),
         "versions": {
             "fedsim": __version__, "python": platform.python_version(), "torch": str(torch.__version__),

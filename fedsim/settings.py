@@ -52,6 +52,7 @@ class Run:
     buffers: Literal["average", "server", "client"]
     on_bad_update: Literal["drop", "raise"]
     on_client_error: Literal["raise", "drop"]
+    replicas: int  # ≥ 1 runs side by side, with the seeds seed, seed + 1, …
     resume: str | None  # run folder to go on with
     target_accuracy: float | None  # on validation, in (0, 1]
     early_stopping: EarlyStopping
@@ -64,6 +65,7 @@ class Run:
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device)
         _check(known is not None, "device", "auto, cpu, cuda, cuda:N or mps", self.device)
         _check(self.threads is None or self.threads >= 1, "threads", ">= 1, or null for all cores", self.threads)
+        _check(self.replicas >= 1, "replicas", ">= 1, runs with the seeds seed, seed + 1, …", self.replicas)
         target = self.target_accuracy
         _check(target is None or 0 < target <= 1, "target_accuracy", "in (0, 1], or null for none", target)
 

@@ -92,8 +92,28 @@ def _override(value: Any) -> str:
     return json.dumps(value)
 
 
-def run(config: Config, observer: Observer, parts: Mapping[str, Any] | None = None) -> Result:
-    """Run a composed config in its run folder, which must not hold a run already."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Launch:
+    """A run that is built, and has a folder; nothing is written there yet."""
+
+    experiment: Experiment
+    config: Config
+    folder: Path
+    seconds: float  # that building it took
+    saved: Mapping[str, Any] | None = None  # the plan of the run that is gone on with
+
+    def go(self, observer: Observer) -> Result:
+        """Run it to its end."""
+        with _storage(self.folder), locked(self.folder):
+            if self.saved is None:
+                _describe(self.experiment, self.config, self.folder)
+            else:
+                _write_config(self.config, self.folder)
+            return _drive(self.experiment, self.folder, observer, time.perf_counter() - self.seconds, self.saved)
+
+
+def launch(config: Config, parts: Mapping[str, Any] | None = None) -> Launch:
+    """Build a run from a composed config; its folder must not hold one already."""
     folder = Path(config.hydra.run.dir)
     if has_fixed_folder(config) and (folder / "plan.json").exists():
         raise UserError(f"{folder} holds a run already; go on with `fedsim run resume={folder}` or choose another")
@@ -102,9 +122,12 @@ def run(config: Config, observer: Observer, parts: Mapping[str, Any] | None = No
         config = with_parts(config, parts)
     experiment = build(config, parts)
     folder = claim_run_dir(config)
-    with _storage(folder), locked(folder):
-        _describe(experiment, config, folder)
-        return _drive(experiment, folder, observer, started)
+    return Launch(experiment=experiment, config=config, folder=folder, seconds=time.perf_counter() - started)
+
+
+def run(config: Config, observer: Observer, parts: Mapping[str, Any] | None = None) -> Result:
+    """Run a composed config in its run folder, which must not hold a run already."""
+    return launch(config, parts).go(observer)
 
 
 def resume(folder: Path, overrides: Sequence[str], observer: Observer) -> Result:
@@ -119,6 +142,11 @@ def resume(folder: Path, overrides: Sequence[str], observer: Observer) -> Result
         UserError: no such run, a checkpoint that cannot be read, or overrides that would make it another run.
 
     """
+    return relaunch(folder, overrides).go(observer)
+
+
+def relaunch(folder: Path, overrides: Sequence[str]) -> Launch:
+    """Build the run of a folder again, to go on with it."""
     folder = Path(folder)
     config = amend(load(folder), overrides)
     parts = config.hydra.get("parts")
@@ -130,9 +158,8 @@ def resume(folder: Path, overrides: Sequence[str], observer: Observer) -> Result
     saved = read_plan(folder)
     started = time.perf_counter()
     experiment = build(config, saved=saved)
-    with _storage(folder), locked(folder):
-        _write_config(config, folder)
-        return _drive(experiment, folder, observer, started, saved=saved)
+    seconds = time.perf_counter() - started
+    return Launch(experiment=experiment, config=config, folder=folder, seconds=seconds, saved=saved)
 
 
 def _write_config(config: Config, folder: Path) -> None:

@@ -8,19 +8,24 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fedsim.contracts import Dataset
 
 _kept: ContextVar[dict[str, Dataset] | None] = ContextVar("kept", default=None)
+_placed: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("placed", default=None)
 
 
 @contextmanager
 def keeping(store: dict[str, Dataset]) -> Iterator[None]:
     """Within it, the last data set that was loaded is kept in a dict, and not loaded again for equal settings."""
-    token = _kept.set(store)
+    token, placed_token = _kept.set(store), _placed.set([])
     try:
         yield
     finally:
         _kept.reset(token)
+        _placed.reset(placed_token)
 
 
 def kept(settings: Mapping[str, Any], load: Callable[[], Dataset]) -> Dataset:
@@ -36,3 +41,14 @@ def kept(settings: Mapping[str, Any], load: Callable[[], Dataset]) -> Dataset:
         store.clear()  # one at a time: each is as large as the memory it was given
         store[key] = load()
     return store[key]
+
+
+def placed(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of a data set where a run wants it: the one that another run of `keeping` has there already."""
+    held = _placed.get()
+    if held is None:
+        return x.to(device, dtype)
+    found = next((pair for pair in held if pair[0] is x and pair[1].dtype == dtype and pair[1].device == device), None)
+    held[:] = [pair for pair in held if pair is not found][-1:]  # inputs and labels of one data set
+    held.append(found or (x, x.to(device, dtype)))
+    return held[-1][1]
