@@ -106,10 +106,12 @@ class EngineBackend:
             return job
         if not arrivals.whole:
             job = replace(job, work=arrivals.work)
+        held = dispatcher.versions
+        if newest in held.models:  # whoever answers it later trains with all that was sent, not the rule's part alone
+            held.add(newest, job.models[newest], job.broadcasts[newest])
         old = sorted(set(arrivals.received.tolist()) - {newest})
         if not old:
             return job
-        held = dispatcher.versions
         sent = {v: {n: self._placed(x) for n, x in held.broadcasts[v].items()} for v in old}
         for version in old:
             rate = self._rate(version + 1, sent[version])
