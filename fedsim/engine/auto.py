@@ -25,7 +25,7 @@ def make_engine(task: Task, name: str, cohort: int, threads: int, **arguments: A
 
     Args:
         task: what all rounds share.
-        name: auto, sequential or vectorized.
+        name: auto, sequential, vectorized, processes or ray.
         cohort: clients a round.
         threads: cores at hand.
         arguments: of that engine.
@@ -41,6 +41,15 @@ def make_engine(task: Task, name: str, cohort: int, threads: int, **arguments: A
             return Vectorized(task, threads=threads, **arguments), "as asked"
         except ValueError as error:
             raise UserError(f"engine=vectorized: {error}; engine=sequential runs it") from error
+    if name in ("processes", "ray"):
+        from fedsim.engine.crew import Crew  # which asks here for the engine of each worker
+
+        try:
+            return Crew(**arguments).engine(task, name, cohort)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"engine={name}: {error}") from error
     mine = measured.find(measured.situation(task, cohort, threads))
     if mine is not None:
         engine, _ = make_engine(task, cohort=cohort, threads=threads, **mine.arguments)

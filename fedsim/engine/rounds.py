@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedsim.contracts import Cohort, Streamed, Sums
+from fedsim.engine.blocks import concatenate, merge, select
 from fedsim.engine.halving import Change, Halving
 from fedsim.engine.task import Block, Engine, Job
+from fedsim.engine.workers import WorkersLost
 from fedsim.errors import ClientError, UserError
 from fedsim.linalg import finite_rows
 from fedsim.local import Int64
@@ -34,6 +37,14 @@ _ONE_SAMPLE = (
 
 class AllUpdatesBad(RuntimeError):
     """No client of a round sent a finite update."""
+
+
+class Trained(NamedTuple):
+    """Rows whose clients did not fail."""
+
+    job: Job
+    block: Block
+    updates: Tensor  # (k, D)
 
 
 class Trainer:
@@ -63,7 +74,12 @@ class Trainer:
     def buffer(self, count: int) -> Tensor:
         """Return (count, D) of the one update buffer, grown when a larger cohort comes."""
         if len(self._rows) < count:
-            self._rows = torch.empty(count, self.task.shared.size, dtype=self.task.dtype, device=self.task.device)
+            room = getattr(self.engine, "room", None)  # an engine's own, which its workers write into
+            self._rows = (
+                room(count)
+                if room
+                else torch.empty(count, self.task.shared.size, dtype=self.task.dtype, device=self.task.device)
+            )
         return self._rows[:count]
 
     @property
@@ -115,8 +131,8 @@ class Trainer:
     ) -> tuple[Cohort, Tensor]:
         """Train a job in fixed blocks and sum its rows as they come; return (cohort, mean buffers).
 
-        Blocks go by cohort position and are folded from the first to the last, so that the sum does not depend on
-        who trained them.
+        Blocks go by cohort position and are folded in an order that hangs on the blocks alone, so that the sum does not
+        depend on who trained them.
 
         Args:
             job: the rows.
@@ -138,11 +154,8 @@ class Trainer:
             self._rows = self._rows[:0].clone()
         total = torch.zeros(self.task.shared.size, dtype=self.task.dtype, device=self.task.device)
         weight = torch.zeros((), dtype=torch.float64, device=self.task.device)
-        parts: list[Cohort] = []
-        norms, shares, buffers = [], [], []
-        for low in range(0, len(job), size):
-            part = job.part(low, min(low + size, len(job)))
-            trained = self._train(part, self.buffer(size)[: len(part)])
+        folded: dict[int, tuple[Cohort, Tensor, Tensor, Block]] = {}  # by position
+        for number, trained in self._blocks([job.part(k, min(k + size, len(job))) for k in range(0, len(job), size)]):
             if trained is None:
                 continue
             part, block, out = trained
@@ -154,35 +167,56 @@ class Trainer:
             c = coefficients(cohort)  # (k,)
             total.addmv_(out.T, c.to(total.dtype))
             weight += c.double().sum()
-            parts.append(cohort)
-            norms.append(norm)
-            shares.append(c)
-            buffers.append(kept)
-        if not any(map(len, parts)):
+            folded[number] = (cohort, norm, c, kept)
+        if not any(len(cohort) for cohort, *_ in folded.values()):
             raise self._none_left(job)
-        cohort = _concatenate(parts)
+        parts, norms, shares, buffers = zip(*(folded[number] for number in sorted(folded)), strict=True)
+        cohort = concatenate(list(parts))
         means = {name: cohort.extras[name].mean(0) for name in reduced if name in cohort.extras}
         extras = {name: value for name, value in cohort.extras.items() if name not in reduced}
         cohort = replace(cohort, extras=extras)
         mean = total / weight.to(total.dtype)
         streamed = Streamed(mean, Sums(cohort, torch.cat(shares), torch.cat(norms), means))
-        return replace(cohort, streamed=streamed), self._buffers(job, _merge(buffers))
+        return replace(cohort, streamed=streamed), self._buffers(job, merge(list(buffers), stored=True))
 
-    def _train(self, job: Job, out: Tensor) -> tuple[Job, Block, Tensor] | None:
-        """Train rows; return the job, block and updates of those whose client did not fail, None if all did."""
+    def _blocks(self, parts: list[Job]) -> Iterator[tuple[int, Trained | None]]:
+        """Train blocks; yield (position, what `_train` returns) in an order that hangs on the blocks alone."""
+        stream = getattr(self.engine, "stream", None)
+        if stream is None:
+            yield from ((k, self._train(part, self.buffer(len(parts[0]))[: len(part)])) for k, part in enumerate(parts))
+            return
+        with contextlib.closing(stream(parts)) as blocks:  # side by side, by an engine with workers
+            for k, finish in blocks:
+                yield k, self._train(parts[k], None, finish)
+
+    def _train(
+        self, job: Job, out: Tensor | None, finish: Callable[[], tuple[Block, Tensor]] | None = None
+    ) -> Trained | None:
+        """Train rows; return the job, block and updates of those whose client did not fail, None if all did.
+
+        Args:
+            job: the rows.
+            out: where updates go; None where they are in training already.
+            finish: what waits for those.
+
+        """
         started = time.perf_counter()
         try:
-            return job, self.engine.train(job, out), out
-        except (torch.OutOfMemoryError, UserError):  # the machine's failure or the config's, not a client's
+            if finish is not None:
+                return Trained(job, *finish())
+            assert out is not None  # one of the two is given
+            return Trained(job, self.engine.train(job, out), out)
+        except (torch.OutOfMemoryError, UserError, WorkersLost):  # the machine's failure or the config's, no client's
             raise
         except Exception:
+            out = self.buffer(len(job)) if out is None else out
             if not self._failing(job, out):
                 raise
             left = np.flatnonzero([k not in self.failures for k in job.clients.tolist()])
             if not len(left):
                 return None
             part, rows = job.take(left), out[: len(left)]
-            return part, self.engine.train(part, rows), rows
+            return Trained(part, self.engine.train(part, rows), rows)
         finally:
             self.seconds += time.perf_counter() - started
 
@@ -192,7 +226,7 @@ class Trainer:
         for k, client in enumerate(job.clients.tolist()):
             try:
                 self.engine.train(job.part(k, k + 1), out[k : k + 1])
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, WorkersLost):
                 raise
             except Exception as error:
                 what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -223,7 +257,7 @@ class Trainer:
         if self.on_bad_update == "raise":
             raise BadUpdate(f"round {job.round}: the update of client {bad} is not finite")
         self.bad += bad
-        kept = _select(block, good)
+        kept = select(block, good)
         self._keep(job.clients[good.cpu().numpy()], kept)
         return good, kept
 
@@ -259,33 +293,3 @@ class Trainer:
 def block_rows(engine: Engine) -> int:
     """Return the rows of a streamed block: the engine's, else from a table of shapes."""
     return engine.block_rows or max(1, min(64, STREAM_BLOCK // max(1, engine.task.shared.size)))
-
-
-def _select(block: Block, good: Tensor) -> Block:
-    return Block(
-        block.square_norms[good],
-        block.weights[good],
-        block.num_steps[good.cpu()],
-        {name: value[good] for name, value in block.extras.items()},
-        block.buffers[good],
-        {name: value[good] for name, value in block.state.items()},
-    )
-
-
-def _merge(blocks: list[Block]) -> Block:
-    """Concatenate blocks; their client state has been stored already."""
-    return Block(
-        torch.cat([block.square_norms for block in blocks]),
-        torch.cat([block.weights for block in blocks]),
-        torch.cat([block.num_steps for block in blocks]),
-        {},
-        torch.cat([block.buffers for block in blocks]),
-        {},
-    )
-
-
-def _concatenate(parts: list[Cohort]) -> Cohort:
-    names = ("weights", "clients", "num_steps", "staleness", "received")
-    joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    extras = {name: torch.cat([part.extras[name] for part in parts]) for name in parts[0].extras}
-    return replace(parts[0], **joined, extras=extras)
