@@ -22,9 +22,11 @@ from torch import Tensor
 from fedsim.clients.cross_entropy import CrossEntropy
 from fedsim.contracts import Context
 from fedsim.layout import Params
+from fedsim.linalg import dot
 
 NORMALIZE = ("none", "cosine")
 RECURRENCES = ("additive", "multiplicative")
+_LAST, _POSITION = "hyper_last", "hyper_position"  # of the step state
 GROWTH = 1.1  # bound of the released code on what one step may multiply m by
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"recurrence": "additive", "global_weight": 1.0},
@@ -92,8 +94,7 @@ class FedHyper:
             return grads, state
         move = self._additive if self.recurrence == "additive" else self._multiplicative
         source = grads if self.recurrence == "additive" else params
-        flat = torch.cat([source[name].flatten() for name in names])  # (d,)
-        return grads, {**state, **move(flat, names, context)}
+        return grads, {**state, **move({name: source[name] for name in names}, context)}
 
     def finish(self, params: Params, context: Context) -> tuple[Mapping[str, Tensor], dict[str, Tensor], Any]:
         """Return what the objective returns, and upload the last step's m as `lr_scale`."""
@@ -102,41 +103,62 @@ class FedHyper:
         scale = context.step_state.get("lr_scale", next(iter(params.values())).new_ones(()))
         return state, {**extras, "lr_scale": scale}, weight
 
-    def _additive(self, grad: Tensor, names: list[str], context: Context) -> dict[str, Tensor]:
-        scale = context.step_state.get("lr_scale", grad.new_ones(()))
+    def _additive(self, grad: Params, context: Context) -> dict[str, Tensor]:
+        scale = _scale(grad, context)
         if context.step:
-            h = self._product(grad, context.step_state["hyper_last"]) - self._to_server(grad, names, context)
+            h = self._product(grad, _recalled(_LAST, grad, context)) - self._to_server(grad, context)
             scale = (scale + self.kappa * h).clamp(self.min_rate, self.max_rate)
-        return {"lr_scale": scale, "hyper_last": grad}
+        return {"lr_scale": scale, **_stored(_LAST, grad)}
 
-    def _multiplicative(self, position: Tensor, names: list[str], context: Context) -> dict[str, Tensor]:
-        last = context.step_state
-        scale, step = last.get("lr_scale", position.new_ones(())), torch.zeros_like(position)
+    def _multiplicative(self, position: Params, context: Context) -> dict[str, Tensor]:
+        scale, step = _scale(position, context), {name: torch.zeros_like(value) for name, value in position.items()}
         if context.step > 1:
-            step = position - last["hyper_position"]  # (d,)
-            before = self._sent(names, context) if context.step == 2 else last["hyper_last"]
-            h = self._to_server(step, names, context) + (0.0 if before is None else self._product(step, before))
+            left = _recalled(_POSITION, position, context)
+            step = {name: value - left[name] for name, value in position.items()}
+            before = _sent(step, context) if context.step == 2 else _recalled(_LAST, step, context)
+            h = self._to_server(step, context) + (self._product(step, before) if before else 0.0)
             scale = (scale * (1 + self.kappa * h).clamp(max=GROWTH)).clamp(self.min_rate, self.max_rate)
-        return {"lr_scale": scale, "hyper_last": step, "hyper_position": position}
+        return {"lr_scale": scale, **_stored(_LAST, step), **_stored(_POSITION, position)}
 
-    def _to_server(self, x: Tensor, names: list[str], context: Context) -> Tensor:
-        """Return (c/K) ⟨x, Δ⟩ of x (d,)."""
-        sent = self._sent(names, context)
-        if sent is None or not self.global_weight:
-            return x.new_zeros(())
+    def _to_server(self, x: Params, context: Context) -> Tensor:
+        """Return (c/K) ⟨x, Δ⟩."""
+        sent = _sent(x, context)
+        if not sent or not self.global_weight:
+            return next(iter(x.values())).new_zeros(())
         share: Tensor = self._product(x, sent) * (self.global_weight / context.broadcast["num_participants"])
         return share
 
-    def _sent(self, names: list[str], context: Context) -> Tensor | None:
-        """Return the entries (d,) of Δ that belong to names; None if the server sends none."""
-        previous: Tensor | None = context.broadcast.get("previous")
-        if previous is None or len(names) == len(context.layout.names):
-            return previous
-        return torch.cat([previous[context.layout.slices[name]] for name in names])
-
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        product: Tensor = a @ b  # ()
+    def _product(self, a: Params, b: Params) -> Tensor:
+        product = _dot(a, b)  # ()
         if self.normalize == "none":
             return product
-        norms = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)  # ()
+        norms = _dot(a, a).sqrt() * _dot(b, b).sqrt()  # ()
         return torch.where(norms > 0, product / norms, 0.0)
+
+
+def _dot(a: Params, b: Params) -> Tensor:
+    """Return ⟨a, b⟩ () tensor by tensor: one flat vector would be another copy of the model in every step."""
+    first, *others = (dot(value, b[name]) for name, value in a.items())
+    return sum(others, first)
+
+
+def _scale(like: Params, context: Context) -> Tensor:
+    """Return m () of the last step, 1 before the first."""
+    scale: Tensor = context.step_state.get("lr_scale", next(iter(like.values())).new_ones(()))
+    return scale
+
+
+def _stored(name: str, values: Params) -> Params:
+    return {f"{name}.{key}": value for key, value in values.items()}
+
+
+def _recalled(name: str, like: Params, context: Context) -> Params:
+    return {key: context.step_state[f"{name}.{key}"] for key in like}
+
+
+def _sent(like: Params, context: Context) -> Params:
+    """Return the parts of Δ that belong to the names of `like`; nothing if the server sends none."""
+    previous = context.broadcast.get("previous")
+    if previous is None:
+        return {}
+    return {name: value for name, value in context.layout.split(previous).items() if name in like}

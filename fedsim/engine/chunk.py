@@ -47,6 +47,7 @@ class Chunk:
         self.received = {n: v.expand(len(rows), *v.shape) for n, v in split.items()} if self.single else split
         # An objective of its own may hold a dropout too.
         self.drops = not gradient.fused or any(isinstance(m, KeyedDropout) for m in task.module.modules())
+        self.lent: list[tuple[str, Tensor]] = []  # gradients that the objective keeps, with the names of theirs
         self.sent = [job.broadcasts.get(version, {}) for version in versions]
 
     def train(self, out: Tensor, block: Block) -> None:
@@ -148,10 +149,27 @@ class Chunk:
 
             moving = dict(zip(plan.moving, listed, strict=True))
             turned, after = vmap(turn)(moving, active, situation.first(count))
-            listed = [turned[name].clone() for name in plan.moving]
+            after = kept(after, active)
+            self._lend(after, grads)
+            turned = (
+                {name: value.clone() for name, value in turned.items()} if optimizer.writes else kept(turned, active)
+            )
+            listed = [turned[name] for name in plan.moving]
             situation.keep(after, count)
             scale = after.get("lr_scale")  # (a,)
         optimizer.step(listed, count, scale=scale)
+
+    def _lend(self, step_state: Mapping[str, Tensor], grads: Params) -> None:
+        """Take from the kernels the gradients that the objective keeps, and give back those that it keeps no more."""
+        places = {_place(value) for value in step_state.values()}
+        before, self.lent = self.lent, [(name, grad) for name, grad in grads.items() if _place(grad) in places]
+        for name, _ in self.lent:
+            del grads[name]
+        for name, grad in before:
+            if _place(grad) in places:
+                self.lent.append((name, grad))
+            else:
+                grads.setdefault(name, grad)
 
     def _finish(self, trained: Params, situation: Situation, block: Block) -> None:
         """Let the objective end the rows: what they keep, send beside the update, and weigh."""
@@ -171,6 +189,16 @@ class Chunk:
             block.extras.setdefault(name, room)[self.where] = value  # at once: another thread's chunk does the same
         if weighs[-1]:
             block.weights[self.where] = weight.double()
+
+
+def kept(values: Mapping[str, Tensor], params: Params) -> dict[str, Tensor]:
+    """Return what an objective gave back, without views of parameters, which move in place."""
+    moving = {_place(value) for value in params.values()}
+    return {name: value.clone() if _place(value) in moving else value for name, value in values.items()}
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _clip_rows(grads: list[Tensor], bound: float) -> None:

@@ -83,6 +83,7 @@ class FusedGradient:
     def begin(self, moving: tuple[str, ...], training: LocalTraining, lr: float, mu: float) -> bool:
         """Begin a phase."""
         plain = training.optimizer == "sgd" and not training.momentum and training.clip_norm is None
+        plain &= not hasattr(self.task.objective, "direction")  # which wants the gradient itself
         pulled = self.task.shared.names  # personal parameters have nothing to be pulled to
         keep = {name: 1 - lr * (training.weight_decay + (mu if name in pulled else 0.0)) for name in moving}
         self.rows.moves = frozenset(moving)

@@ -40,15 +40,14 @@ def lanes(task: Task, kernels: str, count: int) -> list[Gradient]:
     # pass over a branch on a tensor's value, which `vmap` refuses.
     generic = [GenericGradient(task, copy.deepcopy(task.module), mixes_samples=mixes) for _ in range(count)]
     _same_logits(task, generic[0])
-    alone = not any(hasattr(task.objective, name) for name in ("loss", "direction", "finish"))
-    if kernels != "generic" and alone and not generic[0].whole:
+    if kernels != "generic" and not generic[0].whole:
         fused = [
             FusedGradient(task, *pair) for pair in (convert(task.module) for _ in range(count)) if pair is not None
         ]
         if fused and _same_logits(task, fused[0]):
             return list(fused)
     if kernels == "fused":
-        raise ValueError("kernels=fused: a layer has no fused kernel, or the objective is more than a criterion")
+        raise ValueError("kernels=fused: a layer has no fused kernel, or the objective has a loss of its own")
     _try_loss(task, generic[0])
     return list(generic)
 

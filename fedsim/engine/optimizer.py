@@ -27,6 +27,11 @@ class Optimizer:
         self.params = list(params)
         self.reset()
 
+    @property
+    def writes(self) -> bool:
+        """Whether `step` writes into the gradients."""
+        return self.training.optimizer == "sgd" and self.training.weight_decay != 0
+
     def reset(self) -> None:
         """Forget the moments: another client begins."""
         self.step_count = 0
@@ -57,7 +62,11 @@ class Optimizer:
                 torch._foreach_mul_(self.first, self.training.momentum)
                 torch._foreach_add_(self.first, grads)
             grads = self.first
-        torch._foreach_add_(params, _scaled(grads, scale), alpha=-self.lr)
+        if scale is None or (scale.dim() == 0 and scale.device.type == "cpu"):  # whose value nobody waits for
+            torch._foreach_add_(params, grads, alpha=-self.lr * (1.0 if scale is None else float(scale)))
+            return
+        for param, grad in zip(params, grads, strict=True):
+            param.addcmul_(grad, _over(scale, grad), value=-self.lr)
 
     def _adamw(self, params: list[Tensor], grads: list[Tensor], count: int | None, factor: Tensor | None) -> None:
         if not self.first:
@@ -85,9 +94,13 @@ def _scaled(tensors: list[Tensor], factor: Tensor | None) -> list[Tensor]:
     """Return tensors times one factor, or rows times one each; the tensors themselves for None."""
     if factor is None:
         return tensors
-    if factor.dim() == 0:
-        return [tensor * factor.to(tensor.dtype) for tensor in tensors]
-    return [tensor * factor.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1)) for tensor in tensors]
+    return [tensor * _over(factor, tensor) for tensor in tensors]
+
+
+def _over(factor: Tensor, tensor: Tensor) -> Tensor:
+    """Return one factor, or one a row, in a shape that a tensor is multiplied by."""
+    factor = factor.to(tensor.dtype)
+    return factor if factor.dim() == 0 else factor.view(-1, *[1] * (tensor.dim() - 1))
 
 
 def clip(grads: list[Tensor], bound: float) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.contracts import Batch, Context, Phase
+from fedsim.engine.chunk import kept
 from fedsim.engine.client import Plan, Row, Start, Update, gather
 from fedsim.engine.precision import forward, functional
 from fedsim.engine.task import BUFFER, LOCAL, Block, Job, Task, local_round, mean_criterion, row_keys
@@ -164,9 +165,11 @@ class Sequential:
         params = update.optimizer.params
         update.optimizer.reset()
         direction = getattr(self.task.objective, "direction", None)
+        draws = self._dropout or hasattr(self.task.objective, "loss")  # which may hold a dropout too
         for step, (x, y) in enumerate(self._batches(plan, row, keys)):
             context = _at(context, step)
-            with torch.enable_grad(), dropout_key(fold_in(fold_in(context.key, plan.number), step)):
+            key = fold_in(fold_in(context.key, plan.number), step) if draws else context.key
+            with torch.enable_grad(), dropout_key(key):
                 loss = self._loss(x, y, context)
                 grads = _gradient(loss, params)
             left.losses.append(loss.detach())
@@ -175,8 +178,9 @@ class Sequential:
             if direction is not None:
                 named = dict(zip(plan.moving, grads, strict=True))
                 turned, step_state = direction(named, {n: p.detach() for n, p in self.params.items()}, context)
-                grads = [turned[name].clone() for name in plan.moving]
-                context = _at(context, step, {name: value.clone() for name, value in step_state.items()})
+                context = _at(context, step, kept(step_state, self.params))
+                turned = turned if update.optimizer.writes else kept(turned, self.params)
+                grads = [turned[n].clone() if update.optimizer.writes else turned[n] for n in plan.moving]
             update.optimizer.step(grads, scale=context.step_state.get("lr_scale"))
         return context
 

@@ -37,7 +37,9 @@ class Situation:
     def keep(self, step_state: Mapping[str, Tensor], count: int) -> None:
         """Take the new step state of the first rows; rows that are done keep theirs."""
         old = self.step_state
-        self.step_state = {n: torch.cat([v, old[n][count:]]) if n in old else v for n, v in step_state.items()}
+        self.step_state = {
+            n: torch.cat([v, old[n][count:]]) if n in old and len(old[n]) > count else v for n, v in step_state.items()
+        }
 
     def context(self, mine: Mapping[str, Any], step: int) -> Context:
         """Return the context of one row from its slice of what is stacked."""
