@@ -56,7 +56,7 @@ def new(kind: str, name: str, parent: Path) -> Made:
         "version": __version__,
     }
     common = {"pyproject.toml": PYPROJECT, "README.md": README, "src/<package>/__init__.py": '"""<class>."""\n'}
-    files = {_fill(path, values): _fill(text, values) for path, text in {**common, **KINDS[kind]}.items()}
+    files = {filled(path, values): filled(text, values) for path, text in {**common, **KINDS[kind]}.items()}
     for path, text in files.items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +64,6 @@ def new(kind: str, name: str, parent: Path) -> Made:
     return Made(folder, tuple(files), f"{kind}={name}")
 
 
-def _fill(text: str, values: Mapping[str, str]) -> str:
-    """Replace `<name>` by its value; other angles stay."""
+def filled(text: str, values: Mapping[str, str]) -> str:
+    """Return a text with each `<name>` replaced by its value; other angles stay."""
     return re.sub(r"<(\w+)>", lambda match: values.get(match[1], match[0]), text)

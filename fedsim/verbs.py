@@ -54,10 +54,13 @@ def _act_run(given: Arguments) -> None:
         composed = config.compose(given.words, config_dir=given.config_dir)
         for line in config.notes(composed):
             observer.note(line)
-        from fedsim import simulation
+        from fedsim import replicas, simulation
 
         try:
-            simulation.run(composed, observer)
+            if composed.replicas > 1:
+                replicas.run(composed, observer)
+            else:
+                simulation.run(composed, observer)
         except KeyboardInterrupt as error:
             raise Stopped(_how_to_resume(Path(composed.hydra.run.dir))) from error
 
@@ -65,12 +68,14 @@ def _act_run(given: Arguments) -> None:
 def _resume(folder: Path, overrides: list[str], config_dir: Path | None, observer: Observer) -> None:
     if not folder.is_dir():
         raise UserError(f"resume={folder}: no such folder")
-    from fedsim import saved, simulation
-
-    saved.check_config_dir(folder, config_dir)
+    from fedsim import replicas, saved, simulation
 
     try:
-        simulation.resume(folder, overrides, observer)
+        if replicas.is_set(folder):
+            replicas.resume(folder, overrides, config_dir, observer)
+        else:
+            saved.check_config_dir(folder, config_dir)
+            simulation.resume(folder, overrides, observer)
     except KeyboardInterrupt as error:
         raise Stopped(_how_to_resume(folder)) from error
 
@@ -78,8 +83,7 @@ def _resume(folder: Path, overrides: list[str], config_dir: Path | None, observe
 def _how_to_resume(folder: Path) -> str:
     from fedsim.misfit import quoted
 
-    checkpoints = folder / "checkpoints"
-    if not checkpoints.is_dir() or not any(checkpoints.iterdir()):
+    if not any(folder.glob("checkpoints/*")) and not any(folder.glob("seed-*/checkpoints/*")):
         return "interrupted before the first checkpoint; there is nothing to resume"
     return f"interrupted; go on with: fedsim run {quoted('resume', str(folder))}"
 
@@ -179,6 +183,12 @@ def _act_new(given: Arguments) -> None:
     print(f"\npip install -e {made.folder}\nfedsim run {made.choice}\npytest {made.folder}")
 
 
+def _act_export(given: Arguments) -> None:
+    from fedsim.export import export
+
+    print("\n".join(map(str, export(given.words, given.config_dir))))
+
+
 VERBS = {
     "run": Verb(
         "Train a federation and write a run folder",
@@ -190,6 +200,7 @@ VERBS = {
           fedsim run
           fedsim run strategy=fedld partition.alpha=0.1 num_rounds=200 seed=1
           fedsim run data=cifar10 data.root=data model=cnn hydra.run.dir=runs/cifar10
+          fedsim run strategy=fedld replicas=10
           fedsim run resume=runs/cifar10 num_rounds=300
         """,
         "name=value",
@@ -316,5 +327,18 @@ VERBS = {
         """,
         "KIND NAME",
         _act_new,
+    ),
+    "export": Verb(
+        "Write a run as a Flower app, for a real deployment",
+        """
+        `fedsim export flower DIR` makes the folder DIR with an app that `flwr run` starts: its ServerApp has the run's
+        strategy, its ClientApp trains the run's clients, one a SuperNode. docs/flower.md says how, with TLS.
+
+        examples:
+          fedsim export flower my_app run=runs/first
+          fedsim export flower my_app strategy=fedld partition.num_clients=3 fraction=1 num_rounds=5
+        """,
+        "flower DIR run=FOLDER|name=value",
+        _act_export,
     ),
 }

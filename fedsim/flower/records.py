@@ -164,6 +164,7 @@ class TrainMessages(Sequence[Message]):
     arrays: FlatRecord  # the model
     config: Mapping[str, Any] = field(default_factory=dict)
     broadcast: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = MessageType.TRAIN
     _built: dict[int, Message] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -188,7 +189,7 @@ class TrainMessages(Sequence[Message]):
             return [self[i] for i in range(len(self))[index]]
         index = range(len(self))[index]
         if index not in self._built:
-            self._built[index] = Message(self.content, self.nodes[index], MessageType.TRAIN)
+            self._built[index] = Message(self.content, self.nodes[index], self.kind)
         return self._built[index]
 
 

@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 
 EXTRAS = "extras"  # the record of an objective's second uploads
 NUM_STEPS = "num-steps"
+CLIENT = "client"  # the id that a node says it has, its "partition-id"
 
 
 def checked(replies: Iterable[Message], on_client_error: OnClientError) -> list[Message]:
@@ -101,7 +102,7 @@ def read_replies(
 
 def _extras(replies: Sequence[Message], metrics: Sequence[Mapping[str, Any]], like: Tensor) -> dict[str, Tensor]:
     """Return name → (K, …): every number that all clients sent, and their second uploads."""
-    names = sorted(set.intersection(*(set(m) for m in metrics)) - {NUM_EXAMPLES, NUM_STEPS})
+    names = sorted(set.intersection(*(set(m) for m in metrics)) - {NUM_EXAMPLES, NUM_STEPS, CLIENT})
     numbers = [name for name in names if all(isinstance(m[name], int | float) for m in metrics)]
     extras = {name: like.new_tensor([float(m[name]) for m in metrics]) for name in numbers}
     uploads = [cast(Mapping[str, Array], reply.content.get(EXTRAS, {})) for reply in replies]

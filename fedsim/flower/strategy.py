@@ -26,7 +26,7 @@ from fedsim.flower.records import (
     flatten,
     layout_of,
 )
-from fedsim.flower.replies import checked, only, read_replies
+from fedsim.flower.replies import CLIENT, checked, only, read_replies
 from fedsim.flower.runtime import logged_warnings, no_forced_collection, seeded
 from fedsim.rng import generator
 
@@ -44,9 +44,10 @@ class RuleStrategy(Strategy):
         seed: of everything random in the rule and of the sampling.
         fraction: of the connected nodes that train, in (0, 1]; the simulation's cohort always trains whole.
         fraction_evaluate: of them that evaluate, in [0, 1]; 0 sends no such messages.
-        min_nodes: wait for that many nodes, ≥ 1.
+        min_nodes: wait for that many nodes before the first round, ≥ 1; nodes may leave later.
 
-    A node of a deployment that fails is logged and left out; a round that nobody answers is an error.
+    A node of a deployment that fails is logged and left out; a round that nobody answers is an error. A node whose
+    metrics have "client" is that client, whenever it was first asked.
 
     """
 
@@ -76,6 +77,7 @@ class RuleStrategy(Strategy):
         self.metrics: Metrics = {}
         self.cohort: Cohort | None = None
         self._client_of: dict[int, int] = {}  # node → client, in a deployment
+        self.told: dict[int, int] = {}  # of these, the clients that said who they are
         self._sent: FlatRecord | None = None
 
     def configure_train(
@@ -105,13 +107,29 @@ class RuleStrategy(Strategy):
             answers = checked(replies, "drop")
             if not answers:
                 raise RuntimeError(f"no client answered in round {server_round}")
-            clients = [self._client_of[reply.metadata.src_node_id] for reply in answers]
+            clients = self._clients(answers)
             cohort = read_replies(answers, clients=clients, layout=layout, start=w, round=server_round, seed=self.seed)
         self.cohort = cohort
         delta, self.state, self.metrics = self.rule(cohort, self.state)
         arrays = FlatRecord(w + delta, layout)
         simulated = isinstance(replies, CohortReplies)
         return arrays if simulated else arrays.plain(), MetricRecord(scalars(self.metrics))
+
+    def _clients(self, answers: Sequence[Message]) -> list[int]:
+        """Return the client of each reply: who it says that it is, else the number of its node."""
+        for reply in answers:
+            metrics, node = only(reply.content, MetricRecord), reply.metadata.src_node_id
+            if CLIENT in metrics:
+                self.told[node] = int(metrics[CLIENT])
+        clients = [self.told.get(node, self._client_of[node]) for node in (r.metadata.src_node_id for r in answers)]
+        twice = sorted({client for client in clients if clients.count(client) > 1})
+        if twice:
+            raise ValueError(f"two nodes are client {twice[0]}; give every SuperNode a partition-id of its own")
+        return clients
+
+    def name_of(self, node: int) -> str:
+        """Return the client that a node said it is, or the node's own id where it never answered."""
+        return str(self.told[node]) if node in self.told else f"node {node}"
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -141,11 +159,12 @@ class RuleStrategy(Strategy):
         if isinstance(grid, SimulationGrid):
             nodes = grid.get_node_ids()
             return nodes, len(nodes)
-        while len(connected := sorted(grid.get_node_ids())) < self.min_nodes:
+        needed = self.min_nodes if self.state is None else 1
+        while len(connected := sorted(grid.get_node_ids())) < needed:
             time.sleep(1.0)
         for node in connected:
             self._client_of.setdefault(node, len(self._client_of))
-        size = max(self.min_nodes, round_half_up(fraction * len(connected)))
+        size = min(len(connected), max(self.min_nodes, round_half_up(fraction * len(connected))))
         chosen = generator(self.seed, "cohort", round).choice(len(connected), size=size, replace=False)
         return [connected[i] for i in sorted(chosen)], len(connected)
 
