@@ -24,6 +24,7 @@ ALL = {
     "B4": "benchmarks.training:b4",
     "B5": "benchmarks.aggregation:b5",
     "overhead": "benchmarks.training:overhead",
+    "auto": "benchmarks.auto:auto",
 }
 
 
