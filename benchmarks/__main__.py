@@ -27,6 +27,8 @@ ALL = {
     "auto": "benchmarks.auto:auto",
 }
 
+ON_REQUEST = {"auto"}  # minutes, and no figure of the tables
+
 
 def main() -> None:
     """Run benchmarks, print their tables and write what was measured."""
@@ -37,7 +39,7 @@ def main() -> None:
     harness.pin(options.threads)
     results: dict[str, Any] = {"machine": harness.machine()}
     failed = []
-    for name in given.ids or ALL:
+    for name in given.ids or [name for name in ALL if name not in ON_REQUEST]:
         module, function = ALL[name].split(":")
         started = time.perf_counter()
         try:
@@ -58,7 +60,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("ids", nargs="*", metavar="ID", help=f"of {', '.join(ALL)}; none: all")
+    parser.add_argument("ids", nargs="*", metavar="ID", help=f"of {', '.join(ALL)}; none: all but {', '.join(ON_REQUEST)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, after every id")
     parser.add_argument("--threads", type=int, default=cores, help="CPU threads of every side; cores are pinned")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds of every side; default 7 to 9")
