@@ -100,12 +100,16 @@ class Crew:
         return Processes(parcel, setup, devices=each, row=task.shared.size, dtype=task.dtype), workers
 
     def _ray(self, task: Task, bare: Task, setup: Setup, num_blocks: int) -> tuple[Any, int]:
-        from fedsim.engine.ray import Cluster
+        from fedsim.engine.ray import Actors, Cluster
 
         if self.devices is not None:
             raise UserError("engine=ray: Ray places workers on devices itself; leave engine.devices null")
-        cluster = Cluster(self.address, self.workers, min(_cores(), num_blocks), task.device.type)
-        return cluster.pool(_packed(bare, "ray", cluster.pack), setup, task), cluster.workers
+        cluster = Cluster(self.address, self.workers, min(_cores(), num_blocks), self.worker_threads, task.device.type)
+        try:
+            return Actors(cluster, _packed(bare, "ray", cluster.pack), setup, task), cluster.workers
+        except UserError:
+            cluster.close()
+            raise
 
     def _devices(self, device: torch.device) -> list[str]:
         """Return the devices to train on, all of the run's kind."""

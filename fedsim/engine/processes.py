@@ -17,7 +17,7 @@ from fedsim.engine.parcel import Parcel, Spec, from_bytes, pack, specify, view
 from fedsim.engine.shared import Memory, memory_of
 from fedsim.engine.task import Block, Job
 from fedsim.engine.worker import Setup, Told
-from fedsim.engine.workers import Event, Place, WorkersLost
+from fedsim.engine.workers import Event, Place, Rooms, WorkersLost
 
 _PRELOADED = "fedsim.engine.worker"
 _GRACE = 5.0  # seconds in which a worker without work ends by itself
@@ -79,30 +79,15 @@ class Processes:
     def __init__(
         self, parcel: Parcel, setup: Setup, *, devices: Sequence[str], row: int, dtype: torch.dtype
     ) -> None:  # fmt: skip
-        self._setup, self._devices, self._row, self._dtype = setup, list(devices), row, dtype
+        self._setup, self._devices = setup, list(devices)
         self._memories: dict[str, Tensor] = {}  # name → (B,) uint8
-        self._rooms: dict[str, Tensor] = {}  # room → (R, D)
+        self.rooms = Rooms(lambda name, count: self._field(f"{name}/updates", count, (row,), dtype))
         self._shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}  # field → of one row
         self._workers: list[_Worker] = []
         self._starts = [0] * len(self._devices)
         self._text, self._arrays = parcel.text, self._store("task", parcel.arrays)
         self._common: tuple[Any, ...] = ()
         self._number = 0
-
-    def room(self, name: str, count: int) -> Tensor:
-        """Return rows (≥ count, D), the same ones until more are asked for."""
-        if name not in self._rooms or len(self._rooms[name]) < count:
-            self._rooms[name] = self._field(f"{name}/updates", count, (self._row,), self._dtype)
-        return self._rooms[name]
-
-    def place(self, out: Tensor) -> Place | None:
-        """Say which rows of a room these are; None where they are of none."""
-        for name, rows in self._rooms.items():
-            if rows.numel() and out.is_contiguous() and out.dtype == rows.dtype:
-                offset = out.data_ptr() - rows.data_ptr()
-                if 0 <= offset < rows.numel() * rows.element_size():
-                    return Place(name, offset // (self._row * rows.element_size()))
-        return None
 
     def publish(self, job: Job) -> None:
         """Write what all blocks share where the workers read it."""
@@ -119,7 +104,7 @@ class Processes:
         fields = {}
         for name, value in part.state.items():
             self._shapes[f"state/{name}"] = self._shapes[f"given/{name}"] = (tuple(value.shape[1:]), value.dtype)
-        count = len(self._rooms[place.room])
+        count = len(self.rooms[place.room])
         for name, (shape, dtype) in self._shapes.items():
             whole = self._field(f"{place.room}/{name}", count, shape, dtype)
             fields[name] = (f"{place.room}/{name}", tuple(whole.shape), dtype)
@@ -133,7 +118,7 @@ class Processes:
                 mine.shared = self._number
             for name in (updates, *(memory for memory, _, _ in fields.values())):
                 mine.map(name, self._memories[name])
-            told = Told(bare, place.low, (updates, tuple(self._rooms[place.room].shape)), fields)
+            told = Told(bare, place.low, (updates, tuple(self.rooms[place.room].shape)), fields)
             mine.pipe.send(("train", told))
 
     def wait(self) -> list[Event]:
@@ -199,7 +184,7 @@ class Processes:
                 key = f"{prefix}/{name}"
                 if value is None:
                     shape, dtype = self._shapes[key]
-                    whole = self._field(f"{place.room}/{key}", len(self._rooms[place.room]), shape, dtype)
+                    whole = self._field(f"{place.room}/{key}", len(self.rooms[place.room]), shape, dtype)
                     found[name] = whole[rows]
                     continue
                 found[name] = row = from_bytes(value)

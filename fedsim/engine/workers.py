@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -40,16 +41,41 @@ class Event(NamedTuple):
     content: Any = None
 
 
-class Pool(Protocol):
-    """Workers and how to reach them. Each trains one block at a time."""
+class Rooms:
+    """Named rows that blocks are written into, used again in every round.
 
-    def room(self, name: str, count: int) -> Tensor:
-        """Return rows (≥ count, D) on the CPU, the same ones until more are asked for."""
-        ...
+    Args:
+        make: returns rows (count, D) on the CPU for (name, count).
+
+    """
+
+    def __init__(self, make: Callable[[str, int], Tensor]) -> None:
+        self._make = make
+        self._rooms: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._rooms[name]
+
+    def ask(self, name: str, count: int) -> Tensor:
+        """Return rows (≥ count, D), the same ones until more are asked for."""
+        if name not in self._rooms or len(self._rooms[name]) < count:
+            self._rooms[name] = self._make(name, count)
+        return self._rooms[name]
 
     def place(self, out: Tensor) -> Place | None:
         """Say which rows of a room these are; None where they are of none."""
-        ...
+        for name, rows in self._rooms.items():
+            if rows.numel() and out.is_contiguous() and out.dtype == rows.dtype and out.device == rows.device:
+                offset = (out.data_ptr() - rows.data_ptr()) // rows.element_size()
+                if 0 <= offset < rows.numel():
+                    return Place(name, offset // rows.shape[1])
+        return None
+
+
+class Pool(Protocol):
+    """Workers and how to reach them. Each trains one block at a time."""
+
+    rooms: Rooms
 
     def publish(self, job: Job) -> None:
         """Tell all workers, late ones too, what the blocks to come share: models, broadcasts, buffers."""
@@ -113,13 +139,13 @@ class Distributed:
     def room(self, count: int) -> Tensor:
         """Return rows (count, D) that workers write into without a copy where there can be such."""
         if self.task.device.type == "cpu":
-            return self.pool.room("held", count)
+            return self.pool.rooms.ask("held", count)[:count]
         return torch.empty(count, self.task.shared.size, dtype=self.task.dtype, device=self.task.device)
 
     def train(self, job: Job, out: Tensor) -> Block:
         """Train the rows of a job and write their updates w_k − w_received into out (K, D)."""
-        place = self.pool.place(out)
-        rows = out if place is not None else self.pool.room("own", len(job))[: len(job)]
+        place = self.pool.rooms.place(out)
+        rows = out if place is not None else self.pool.rooms.ask("own", len(job))[: len(job)]
         base = place or Place("own", 0)
         size = self.chunk or self.plan["block"]
         lows = range(0, len(job), size)
@@ -146,17 +172,17 @@ class Distributed:
             while order or pending:
                 while order and free:
                     number, name = order.popleft(), free.popleft()
-                    self.pool.room(name, size)
+                    self.pool.rooms.ask(name, size)
                     pending.append((number, self._submit(parts[number], Place(name, 0))))
                 number, task = pending.popleft()
-                yield number, lambda task=task: self._rows(task)
+                yield number, partial(self._rows, task)
                 free.append(task.place.room)
         finally:
             self._drop([task for _, task in pending])
 
     def _rows(self, order: _Order) -> tuple[Block, Tensor]:
         block = self._result(order)
-        rows = self.pool.room(order.place.room, len(order.part))[: len(order.part)]
+        rows = self.pool.rooms.ask(order.place.room, len(order.part))[: len(order.part)]
         return moved(merge([block]), self.task.device), rows.to(self.task.device)
 
     def _longest_first(self, parts: Sequence[Job]) -> list[int]:
