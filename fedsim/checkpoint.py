@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,18 @@ def save(folder: Path, round: int, state: State, *, keep: int = 2) -> None:
         partial.unlink(missing_ok=True)
         raise
     older = [known for known in rounds(folder) if known < round]  # a newer one is torn: nobody could go on from it
-    for old in older[: len(older) - max(keep, 1) + 1]:
+    _remove(folder, older[: len(older) - max(keep, 1) + 1])
+
+
+def forget(folder: Path, round: int) -> None:
+    """Remove the checkpoints after a round, so that a run goes on from an earlier one."""
+    _remove(folder, [known for known in rounds(folder) if known > round])
+
+
+def _remove(folder: Path, which: Iterable[int]) -> None:
+    for round in which:
         for suffix in (".json", ".safetensors"):
-            (folder / f"round-{old:08d}{suffix}").unlink(missing_ok=True)
+            (folder / f"round-{round:08d}{suffix}").unlink(missing_ok=True)
 
 
 def rounds(folder: Path) -> list[int]:
@@ -62,8 +72,12 @@ def rounds(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in names if match)
 
 
-def load(folder: Path) -> tuple[int, State]:
+def load(folder: Path, accept: Callable[[State], None] = lambda state: None) -> tuple[int, State]:
     """Return (round, state) of the newest whole checkpoint; a torn newer one is passed over.
+
+    Args:
+        folder: of checkpoints.
+        accept: reads what lies beside a checkpoint's own files, and raises where that is torn.
 
     Raises:
         UserError: there are checkpoints, but none can be read.
@@ -72,7 +86,9 @@ def load(folder: Path) -> tuple[int, State]:
     problems = []
     for round in reversed(rounds(folder)):
         try:
-            return round, _read(folder / f"round-{round:08d}")
+            state = _read(folder / f"round-{round:08d}")
+            accept(state)
+            return round, state
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             problems.append(f"round {round}: {error}")
     detail = "; ".join(problems) if problems else "there is none"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from fedsim.quantities import flat, label, remaining, score, show
+from fedsim.quantities import flat, interval, label, remaining, score, show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -229,6 +229,6 @@ def discard(stream: TextIO) -> None:
 
 
 def _scores(row: Row) -> list[str]:
-    """Return accuracy and loss, where they are known, in a width that does not jump."""
-    known = [(name, row[name]) for name in ("accuracy", "loss") if row.get(name) is not None]
-    return [f"{name} {score(name, value)}" for name, value in known]
+    """Return accuracy and loss, where they are known, in a width that does not jump; of several runs ± `NAME_half`."""
+    known = [(name, row[name], row.get(f"{name}_half")) for name in ("accuracy", "loss") if row.get(name) is not None]
+    return [f"{name} {score(name, x) if half is None else interval(name, x, half)}" for name, x, half in known]

@@ -18,6 +18,19 @@ def score(name: str, value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3e}"
 
 
+def interval(name: str, mean: float, half: float | None) -> str:
+    """Return a mean with half of its interval, if it has one.
+
+    >>> interval("accuracy", 0.915, 0.0123), interval("loss", 0.25, 0.125), interval("accuracy", 0.915, None)
+    ('91.50 ± 1.23 %', '0.25 ± 0.125', '91.50 %')
+    """
+    text = show(name, mean)
+    if half is None:
+        return text
+    bare = text.removesuffix(" %")
+    return f"{text} ± {show(name, half)}" if bare == text else f"{bare} ± {100 * half:.2f} %"
+
+
 def flat(summary: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Return (dotted name, value) of nested mappings; lists are left to summary.json."""
     found: list[tuple[str, Any]] = []

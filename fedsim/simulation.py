@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from safetensors.torch import save_file
@@ -54,7 +54,13 @@ class Result:
         return RoundLog.read(self.folder / "rounds.jsonl")
 
 
-def simulate(*overrides: str, observer: Observer | None = None, **settings: Any) -> Result:
+@overload
+def simulate(*overrides: str, replicas: int, observer: Observer | None = None, **settings: Any) -> list[Result]: ...
+@overload
+def simulate(*overrides: str, observer: Observer | None = None, **settings: Any) -> Result: ...
+def simulate(
+    *overrides: str, replicas: int | None = None, observer: Observer | None = None, **settings: Any
+) -> Result | list[Result]:
     """Run an experiment from Python.
 
     >>> result = simulate("strategy=fedld", num_rounds=2)  # doctest: +SKIP
@@ -63,6 +69,7 @@ def simulate(*overrides: str, observer: Observer | None = None, **settings: Any)
 
     Args:
         overrides: as on the command line, e.g. "strategy=fedld", "partition.alpha=0.1".
+        replicas: runs side by side with the seeds seed, seed + 1, …, as rows of one program; None is one run.
         observer: who is told of the rounds; None: nobody.
         settings: shared scalars by name (num_rounds=10, seed=1, …), the choice of a group as text, or an object in
             its place: data=a `Dataset` or a function that returns one, model=an `nn.Module` or a function,
@@ -70,10 +77,11 @@ def simulate(*overrides: str, observer: Observer | None = None, **settings: Any)
             `folder` is the run folder.
 
     Returns:
-        The result.
+        The result; with `replicas` a list of them, in the order of their seeds.
 
     Raises:
         UserError: anything that cannot be run.
+        RuntimeError: nothing is left to go on with; of replicas, some failed and all others were done.
 
     """
     parts = {name: value for name, value in settings.items() if name in GROUPS and not isinstance(value, str)}
@@ -83,7 +91,14 @@ def simulate(*overrides: str, observer: Observer | None = None, **settings: Any)
             continue
         key = "hydra.run.dir" if name == "folder" else name
         given.append(f"{key}={_override(value)}")
-    return run(compose(given), observer or Observer(), parts)
+    if replicas is not None:
+        from fedsim.replicas import run as run_replicas  # here: it is made of runs
+
+        return run_replicas(compose([*given, f"replicas={replicas}"]), observer or Observer(), parts)
+    config = compose(given)
+    if config.replicas != 1:
+        raise UserError("replicas is an argument here, for the result is another: fedsim.simulate(…, replicas=10)")
+    return run(config, observer or Observer(), parts)
 
 
 def _override(value: Any) -> str:

@@ -28,6 +28,11 @@ def keeping(store: dict[str, Dataset]) -> Iterator[None]:
         _placed.reset(placed_token)
 
 
+def is_keeping() -> bool:
+    """Say whether data sets are kept just now."""
+    return _kept.get() is not None
+
+
 def kept(settings: Mapping[str, Any], load: Callable[[], Dataset]) -> Dataset:
     """Return what `load` returns, or the data set that is kept for equal settings.
 

@@ -90,18 +90,10 @@ class Meeting:
         self.seats.append(Seat(self, engine, task))
         return self.seats[-1]
 
-    def run(self, bodies: Sequence[Callable[[], None]], num_threads: int) -> list[BaseException | None]:
-        """Run each replica's body to its end and return what ended it early, if anything did.
-
-        Args:
-            bodies: in the order of the seats.
-            num_threads: of array operations in each body.
-
-        """
+    def run(self, bodies: Sequence[Callable[[], None]]) -> None:
+        """Run each replica's body, in the order of the seats, to its end; raise what one of them raises."""
         threads = [
-            threading.Thread(
-                target=contextvars.copy_context().run, args=(self._live, seat, body, num_threads), daemon=True
-            )
+            threading.Thread(target=contextvars.copy_context().run, args=(self._live, seat, body), daemon=True)
             for seat, body in zip(self.seats, bodies, strict=True)
         ]
         for thread in threads:
@@ -122,7 +114,9 @@ class Meeting:
                     self._let(seat)
             for thread in threads:
                 thread.join()
-        return [seat.error for seat in self.seats]
+        for seat in self.seats:
+            if seat.error is not None:
+                raise seat.error
 
     def _let(self, seat: Seat) -> None:
         self._running = seat
@@ -130,11 +124,10 @@ class Meeting:
         self.back.acquire()
         self._running = None
 
-    def _live(self, seat: Seat, body: Callable[[], None], num_threads: int) -> None:
+    def _live(self, seat: Seat, body: Callable[[], None]) -> None:
         seat.go.acquire()
         try:
             if not self.stopped:
-                torch.set_num_threads(num_threads)
                 body()
         except BaseException as error:
             seat.error = error
@@ -222,7 +215,7 @@ def chunks_of(num_steps: Sequence[Int64], size: int, *, on_cpu: bool) -> list[In
 
 def _job(jobs: Sequence[Job]) -> Job:
     """Return one job of all rows; versions are numbered anew, since replicas count theirs from 0 each."""
-    received, models, broadcasts = [], {}, {}
+    received, models, broadcasts = list[Int64](), dict[int, Tensor](), dict[int, Mapping[str, Any]]()
     for job in jobs:
         versions, where = np.unique(job.received, return_inverse=True)  # (V,), (K,)
         received.append(len(models) + where)
@@ -262,9 +255,15 @@ def _laid(all_laid: Sequence[Laid]) -> Laid:
 def _joined(blocks: Sequence[Block]) -> Block:
     if len(blocks) == 1:
         return blocks[0]
-    columns: list[Any] = [torch.cat([block[i] for block in blocks]) for i in (0, 1, 2, 4)]
-    extras, state = ({n: torch.cat([block[i][n] for block in blocks]) for n in blocks[0][i]} for i in (3, 5))
-    return Block(columns[0], columns[1], columns[2], extras, columns[3], state)
+    first = blocks[0]
+    return Block(
+        torch.cat([block.square_norms for block in blocks]),
+        torch.cat([block.weights for block in blocks]),
+        torch.cat([block.num_steps for block in blocks]),
+        {name: torch.cat([block.extras[name] for block in blocks]) for name in first.extras},
+        torch.cat([block.buffers for block in blocks]),
+        {name: torch.cat([block.state[name] for block in blocks]) for name in first.state},
+    )
 
 
 def _part(block: Block, low: int, high: int) -> Block:

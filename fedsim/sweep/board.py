@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from fedsim.console import discard
-from fedsim.quantities import duration, label, remaining, score, show
+from fedsim.quantities import duration, interval, label, remaining, score, show
 from fedsim.sweep.pool import Event
 
 if TYPE_CHECKING:
@@ -278,10 +278,4 @@ def cell(name: str, value: Any) -> str:
     """
     if not isinstance(value, tuple):
         return "-" if value is None else str(value)
-    mean, spread = value
-    if spread is None:
-        return show(name, mean)
-    text = show(name, mean)
-    return (
-        f"{text.removesuffix(' %')} ± {100 * spread:.2f} %" if text.endswith(" %") else f"{text} ± {show(name, spread)}"
-    )
+    return interval(name, *value)
