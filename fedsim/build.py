@@ -268,7 +268,7 @@ def _task(
     return Task(
         module=model, shared=names.shared, local=names.local, buffers=names.buffers, objective=objective,
         training=training, x=x, y=placed(dataset.y, x.device, dataset.y.dtype), partition=partition,
-        store=ClientStore(partition.num_clients, first), seed=run.seed, augment=dataset.augment,
+        store=ClientStore(partition.num_clients, first, memory=run.client_state_bytes), seed=run.seed, augment=dataset.augment,
         precision=run.precision,
     )  # fmt: skip
 

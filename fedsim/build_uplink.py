@@ -10,6 +10,7 @@ import numpy as np
 from fedsim.attacks.adversary import Adversary
 from fedsim.config import Config, instantiate, plain
 from fedsim.data.splits import ClientSplits
+from fedsim.engine.store import ClientStore
 from fedsim.engine.task import Task
 from fedsim.errors import UserError
 from fedsim.uplink import Uplink
@@ -62,10 +63,12 @@ def build_uplink(config: Config, parts: Parts, task: Task, adversary: Adversary 
         return None
     sizes = task.partition.sizes
     try:
-        return Uplink(
+        uplink = Uplink(
             task.shared, len(sizes), int((sizes > 0).sum()), dtype=task.dtype, compressor=compressor,
             adversary=adversary,
         )  # fmt: skip
+        uplink.store = ClientStore(len(sizes), uplink.store.first, memory=task.store.memory)
+        return uplink
     except ValueError as error:
         raise UserError(f"compressor: {error}") from error
 

@@ -26,6 +26,7 @@ from fedsim.flower.grid import SimulationGrid
 from fedsim.flower.state import capture, initial_parts, restore
 from fedsim.flower.strategy import RuleStrategy, aggregate
 from fedsim.metrics.records import ClientLog, RoundLog, write_json
+from fedsim.shards import all_stores
 from fedsim.stopping import Stopping
 
 
@@ -66,6 +67,11 @@ class Loop:
             experiment, lambda ids: self.evaluator.train_losses(self.weights, self.backend.buffers, ids)
         )
         self.figures = Figures(experiment, self.evaluator, self.backend, self.dispatcher, self._broadcast)
+        kept = {"clients": self.task.store, "uplink": None if self.uplink is None else self.uplink.store}
+        for store in kept.values():
+            if store is not None:
+                store.folder = folder
+        self.shards = all_stores(folder / "checkpoints" / "clients", **kept)
         self.rounds = RoundLog(folder / "rounds.jsonl")
         self.times = RoundLog(folder / "timings.jsonl")
         self.clients = ClientLog(folder)
@@ -201,8 +207,7 @@ class Loop:
         self.clients.append(self.round, *with_evaluation(cohort, mine, evaluated))
 
     def state(self) -> State:
-        """Return everything that the next round depends on."""
-        touched, kept = self.task.store.rows()
+        """Return everything that the next round depends on; what clients keep is in shards, written before."""
         rule = self.strategy.state if isinstance(self.strategy, RuleStrategy) else capture(self.strategy, self._new)
         return {
             "config": _identity(self.experiment.config),
@@ -210,7 +215,7 @@ class Loop:
             "weights": self.weights,
             "buffers": self.backend.buffers,
             "strategy": rule,
-            "clients": {"touched": touched, "rows": kept},
+            "clients": {name: shards.write(self.round) for name, shards in self.shards.items()},
             "uplink": {} if self.uplink is None else self.uplink.state(),
             "foreign": self.experiment.foreign.capture() if self.experiment.foreign else {},
             "stopping": self.stopping.state(),
@@ -224,13 +229,21 @@ class Loop:
         self.clients.flush()
         self.rounds.sync()
         self.times.sync()
-        checkpoint.save(self.folder / "checkpoints", self.round, self.state(), keep=self.settings.checkpoint.keep)
+        folder = self.folder / "checkpoints"
+        checkpoint.save(folder, self.round, self.state(), keep=self.settings.checkpoint.keep)
+        for shards in self.shards.values():
+            shards.prune(checkpoint.rounds(folder)[0])
+
+    def _load_clients(self, state: State) -> None:
+        if state.get("config") == _identity(self.experiment.config):
+            for name, shards in self.shards.items():
+                shards.load(state["clients"][name])
 
     def load(self) -> None:
         """Go back to the newest checkpoint, or to the start where there is none yet."""
         checkpoints = self.folder / "checkpoints"
         if checkpoint.rounds(checkpoints):
-            self.round, state = checkpoint.load(checkpoints)
+            self.round, state = checkpoint.load(checkpoints, self._load_clients)
             if state.get("config") != _identity(self.experiment.config):
                 raise UserError(f"{checkpoints}: the checkpoint of round {self.round} is of a run with another config")
             device = self.task.device
@@ -242,7 +255,6 @@ class Loop:
                 restore(self.strategy, state["strategy"])
             if state["foreign"]:
                 self.experiment.foreign.restore(state["foreign"])
-            self.task.store.put(state["clients"]["touched"], state["clients"]["rows"])
             if self.uplink is not None:
                 self.uplink.load(state["uplink"])
             self.dispatcher.load(state["time"], lambda value: _to(value, device))
@@ -256,7 +268,7 @@ class Loop:
 
 def _identity(config: Mapping[str, Any]) -> str:
     """Return a digest of what may not change when a run is resumed."""
-    free = ("hydra", "tracker", "num_rounds", "resume")
+    free = ("hydra", "tracker", "num_rounds", "client_state_bytes", "resume")
     kept = {name: value for name, value in config.items() if name not in free}
     kept["engine"] = {name: value for name, value in kept["engine"].items() if name != "workers"}
     return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -23,6 +23,7 @@ from fedsim.engine.task import BUFFER, LOCAL, Engine, Task
 from fedsim.errors import UserError
 from fedsim.experiment import Experiment
 from fedsim.metrics.budget import Evaluation
+from fedsim.shards import shard_bytes
 
 
 def planned(experiment: Experiment, config: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> Experiment:
@@ -48,8 +49,8 @@ def planned(experiment: Experiment, config: Mapping[str, Any], saved: Mapping[st
         int(experiment.splits.test.sizes.sum()) + _tuning_samples(experiment),
     )
     why = _needs_rows(experiment, evaluation)
-    state = sum(value.numel() for value in task.store.first.values()) * cohort
-    cost = CheckpointCost(float(steps.mean()) * cohort, samples, task.shared.size, 4 * (3 * task.shared.size + state))
+    size = 12 * task.shared.size + shard_bytes(task.store, cohort)
+    cost = CheckpointCost(float(steps.mean()) * cohort, samples, task.shared.size, size)
     engine = dict(experiment.engine.plan)
     plan = {
         "engine": engine.pop("engine"),

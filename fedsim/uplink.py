@@ -80,13 +80,11 @@ class Uplink:
         return None if self.compressor is None else self.compressor.num_bytes(self.layout.size, itemsize)
 
     def state(self) -> State:
-        """Return what the next round depends on."""
-        touched, rows = self.store.rows()
+        """Return what the next round depends on beside what the clients keep, which is in `store`."""
         attack: Any = None if self.adversary is None else self.adversary.state
-        return {"clients": {"touched": touched, "rows": rows}, "attack": attack}
+        return {"attack": attack}
 
     def load(self, state: State) -> None:
         """Go back to what `state` returned."""
-        self.store.put(state["clients"]["touched"], state["clients"]["rows"])
         if self.adversary is not None:
             self.adversary.state = state["attack"]
