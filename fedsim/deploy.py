@@ -115,8 +115,9 @@ def _built(run: Path, own: Dataset | None) -> Experiment:
     tree = said["config"]
     tree["data"]["validation"] = 0.0
     tree["partition"] |= {"held_out_clients": 0.0, "local_validation": 0.0}
+    tree["target_accuracy"] = tree["early_stopping"]["patience"] = None  # nobody has validation data for all
     if own is None:
-        tree["partition"]["local_test"] = 0.0
+        tree["partition"]["local_test"] = 0.5
     number = max(said["clients"]) + 1
 
     def everybody(labels: np.ndarray[Any, Any], rng: np.random.Generator, natural: Any = None) -> Partition:
@@ -127,6 +128,6 @@ def _built(run: Path, own: Dataset | None) -> Experiment:
 
 def _stand_in(said: Mapping[str, Any]) -> Dataset:
     """Return a few samples of nothing: the server's model needs their shape and the number of classes."""
-    x = torch.zeros(4, *said["input_shape"], dtype=torch.int64 if said["tokens"] else torch.float32)
-    splits = {"train": np.arange(2), "test": np.arange(2, 4)}
-    return Dataset(x, torch.arange(4) % said["num_classes"], splits, num_classes=said["num_classes"])
+    x = torch.zeros(8, *said["input_shape"], dtype=torch.int64 if said["tokens"] else torch.float32)
+    splits = {"train": np.arange(6), "test": np.arange(6, 8)}
+    return Dataset(x, torch.arange(8) % said["num_classes"], splits, num_classes=said["num_classes"])

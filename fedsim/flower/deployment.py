@@ -6,6 +6,7 @@ what the other needs: `fedsim.deploy` makes them of a run's config.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -146,9 +147,12 @@ def server_app(make: Callable[[], Served]) -> ServerApp:
         else:
             shell = strategy
         try:
-            result = shell.start(
-                grid, FlatRecord(weights, layout), num_rounds=int(said["num-rounds"]), timeout=float(said["timeout"])
-            )
+            while len(list(grid.get_node_ids())) < int(
+                said["min-nodes"]
+            ):  # some of Flower's begin with whoever is there
+                time.sleep(1.0)
+            initial = FlatRecord(weights, layout).plain()
+            result = shell.start(grid, initial, num_rounds=int(said["num-rounds"]), timeout=float(said["timeout"]))
         finally:
             log.close()
         tensors = {name: value.contiguous() for name, value in result.arrays.to_torch_state_dict().items()}
