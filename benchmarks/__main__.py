@@ -23,6 +23,7 @@ ALL = {
     "B3": "benchmarks.training:b3",
     "B4": "benchmarks.training:b4",
     "B5": "benchmarks.aggregation:b5",
+    "B7": "benchmarks.strategies:b7",
     "overhead": "benchmarks.training:overhead",
     "auto": "benchmarks.auto:auto",
 }
@@ -60,7 +61,9 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("ids", nargs="*", metavar="ID", help=f"of {', '.join(ALL)}; none: all but {', '.join(ON_REQUEST)}")
+    parser.add_argument(
+        "ids", nargs="*", metavar="ID", help=f"of {', '.join(ALL)}; none: all but {', '.join(ON_REQUEST)}"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, after every id")
     parser.add_argument("--threads", type=int, default=cores, help="CPU threads of every side; cores are pinned")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds of every side; default 7 to 9")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from benchmarks import harness, workloads
 from benchmarks.loops import HandLoop, Limit, TightLoop
+from benchmarks.peer import Peer, peers_of
+from benchmarks.rounds import WholeRound
+from benchmarks.whole import whole_runs
 from fedsim.engine import chunk
 from fedsim.engine.auto import make_engine
 from fedsim.engine.rounds import Trainer
@@ -32,12 +35,20 @@ def b1(options: harness.Options) -> dict[str, Any]:
     """Convolutions: the field's headline benchmark."""
     engines = ("sequential", "auto")  # batched convolutions are grouped ones: slower on a CPU, and not chosen there
     engines = (*(engines if not torch.cuda.is_available() else ENGINES), "sequential bf16")
-    return compare(workloads.b1(), options, "cohort 50 of 50 images 3x32x32", engines=engines, limit_batch=50, warm=1)
+    title = "cohort 50 of 50 images 3x32x32, batch 10, 1.63 M parameter CNN"
+    peers = {"pfl": ("pfl", "pfl_b1.py")}
+    return compare(workloads.b1(), options, title, engines=engines, limit_batch=50, warm=1, peers=peers)
 
 
 def b2(options: harness.Options) -> dict[str, Any]:
-    """Small clients of logistic regression."""
-    return compare(workloads.b2(), options, "cohort 10 of 60 images 28x28, logistic regression")
+    """Small clients of logistic regression: a round, and a hundred of them end to end."""
+    registered = 1000
+    peers = {"flower": ("flower", "flower_sim.py", "--registered", str(registered))}
+    run = WholeRound(workloads.b2(registered), cohort=10)
+    title = "cohort 10 of 60 images 28x28, batch 10, logistic regression"
+    result = compare(workloads.b2(), options, title, peers=peers, run=run)
+    run.close()
+    return whole_runs(result, options)
 
 
 def b3(options: harness.Options) -> dict[str, Any]:
@@ -52,7 +63,13 @@ def b3(options: harness.Options) -> dict[str, Any]:
 
 def b4(options: harness.Options) -> dict[str, Any]:
     """Dense layers, where batching clients pays on a CPU too."""
-    return compare(workloads.b4(), options, "cohort 100 of 50 samples, batch 10, MLP 784-200-10", hand=True)
+    work = workloads.b4()
+    peers = {"jax": ("jax", "jax_b4.py"), "flower": ("flower", "flower_sim.py")}
+    run = WholeRound(work, cohort=work.cohort)
+    title = "cohort 100 of 50 samples, batch 10, MLP 784-200-10"
+    result = compare(work, options, title, hand=True, peers=peers, run=run)
+    run.close()
+    return result
 
 
 def overhead(options: harness.Options) -> dict[str, Any]:
@@ -68,6 +85,7 @@ def overhead(options: harness.Options) -> dict[str, Any]:
 def compare(  # noqa: PLR0913  a workload and how to race it
     work: workloads.Workload, options: harness.Options, title: str, *, hand: bool = False,
     engines: tuple[str, ...] = ENGINES, limit_batch: int = 500, warm: int = 2,
+    peers: Mapping[str, tuple[str, ...]] | None = None, run: harness.Side | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Check that all sides compute the same mean update, then race them."""
     baselines: dict[str, harness.Side] = {"tight_loop": TightLoop(work), "limit": Limit(work, limit_batch)}
@@ -95,18 +113,22 @@ def compare(  # noqa: PLR0913  a workload and how to race it
             continue
         opened.append(engine)
         sides[name] = threaded(engine_side(engine, work), alone if plan["engine"] == "sequential" else 1)
-    differences = check(sides)
-    seconds = harness.race(sides, options, warm=warm)
+    with peers_of(work, options, peers or {}) as (others, left_out):
+        differences = check(sides, others)
+        raced = {**sides, **({"run": run} if run else {}), **others}
+        seconds = harness.race(raced, options, warm=warm)
+        plans |= {name: dict(peer.about) for name, peer in others.items()}
     seconds |= {name: seconds[twin] for name, twin in aliases.items()}
     for engine in opened:
         engine.close()
     for plan in plans.values():
         plan.pop("plan", None)
-    pairs = [(name, against) for name in engines for against in AGAINST]
+    pairs = [(name, against) for name in (*engines, "run") for against in (*AGAINST, *others)]
     pairs += [(name, name.partition(" ")[0]) for name in engines if " " in name]
     return {
         "title": title, "ratios": harness.ratios(seconds, pairs), "figures": harness.figures(seconds),
         "seconds": seconds, "plans": plans, "same_as": aliases, "relative_difference_to_tight_loop": differences,
+        "left_out": left_out,
     }  # fmt: skip
 
 
@@ -122,7 +144,7 @@ def engine_side(engine: Engine, work: workloads.Workload) -> Callable[[int], Ten
     return round
 
 
-def check(sides: dict[str, harness.Side]) -> dict[str, float]:
+def check(sides: Mapping[str, harness.Side], others: Mapping[str, Peer]) -> dict[str, float]:
     """Return each side's relative distance from the tight loop's mean update.
 
     Raises:
@@ -130,9 +152,9 @@ def check(sides: dict[str, harness.Side]) -> dict[str, float]:
 
     """
     exact = sides["tight_loop"](1)
-    differences = {
-        name: float((side(1) - exact).norm() / exact.norm()) for name, side in sides.items() if name != "limit"
-    }
+    updates = {name: side(1) for name, side in sides.items() if name != "limit"}
+    updates |= {name: peer.update() for name, peer in others.items()}
+    differences = {name: float((update - exact).norm() / exact.norm()) for name, update in updates.items()}
     bounds = {name: ROUNDED if name.endswith("bf16") else TOLERANCE for name in differences}
     if not all(differences[name] <= bounds[name] for name in differences):  # a NaN is no agreement
         raise RuntimeError(f"the sides do not compute the same update: {differences}")

@@ -107,11 +107,11 @@ def b1() -> Workload:
     return Workload("B1", module, x, y, _equal(50, 50), LocalTraining(lr=0.1, batch_size=10, local_steps=5), 50)
 
 
-def b2() -> Workload:
+def b2(clients: int = 10) -> Workload:
     """Return B2 lr-mnist: cohort 10 of 60 samples, batch 10, logistic regression 784→10."""
-    x, y = _noise(600, (1, 28, 28), 10)
+    x, y = _noise(60 * clients, (1, 28, 28), 10)
     module = initialise(lambda: logreg((1, 28, 28), 10), 0)
-    return Workload("B2", module, x, y, _equal(10, 60), LocalTraining(lr=0.03, batch_size=10), 10)
+    return Workload("B2", module, x, y, _equal(clients, 60), LocalTraining(lr=0.03, batch_size=10), 10)
 
 
 def b3(clients: int = 3400, cohort: int = 100) -> Workload:
@@ -129,11 +129,11 @@ def b3(clients: int = 3400, cohort: int = 100) -> Workload:
     return Workload("B3", module, x, y, partition, LocalTraining(lr=0.1, batch_size=20), cohort)
 
 
-def b4() -> Workload:
+def b4(samples: int = 50) -> Workload:
     """Return B4 mlp-cross-device: cohort 100 of 50 samples, batch 10, MLP 784-200-10."""
-    x, y = _noise(5000, (784,), 10)
+    x, y = _noise(100 * samples, (784,), 10)
     module = initialise(lambda: mlp((784,), 10, hidden=(200,)), 0)
-    return Workload("B4", module, x, y, _equal(100, 50), LocalTraining(lr=0.1, batch_size=10), 100)
+    return Workload("B4", module, x, y, _equal(100, samples), LocalTraining(lr=0.1, batch_size=10), 100)
 
 
 def overhead() -> Workload:

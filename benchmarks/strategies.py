@@ -1,0 +1,63 @@
+"""B7: what a method costs: whole rounds of every strategy over FedAvg's, on B4."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from benchmarks import harness, workloads
+from benchmarks.rounds import WholeRound
+from fedsim.errors import UserError
+from fedsim.testing import strategy_names
+
+COHORT = 100
+TOLD = "strategy.num_byzantine=20"  # one client in five
+SLOW = 8  # times FedAvg's round: what then takes too long to repeat
+OWN_TEST = 10  # samples a client keeps: methods with personal parameters are evaluated on them
+
+
+def b7(options: harness.Options, names: list[str] | None = None) -> dict[str, Any]:
+    """Race all strategies' whole rounds on B4."""
+    work = workloads.b4(50 + OWN_TEST)
+    sides: dict[str, WholeRound] = {}
+    left_out = {}
+    for name in names or strategy_names():
+        try:
+            sides[name] = _round(work, name)
+        except (UserError, ValueError, TypeError) as error:
+            left_out[name] = str(error).splitlines()[0][:150]
+    try:
+        took = {name: _seconds(side) for name, side in sides.items()}  # warms up
+        quick = {name: side for name, side in sides.items() if took[name] < SLOW * took["fedavg"]}
+        seconds = harness.race(quick, options, warm=1, least=3, most=7, budget=15.0)
+        ratios = harness.ratios(seconds, [("fedavg", name) for name in quick if name != "fedavg"])
+        # A slow one is timed once, against a FedAvg of its own.
+        for name in sides.keys() - quick.keys():
+            single = harness.race({"fedavg": sides["fedavg"], name: sides[name]}, options, warm=0, least=1, most=1)
+            ratios |= harness.ratios(single, [("fedavg", name)])
+            seconds[name] = single[name]
+    finally:
+        for side in sides.values():
+            side.close()
+    return {
+        "title": "whole rounds of every strategy on B4; fedavg/x is what x costs over FedAvg", "ratios": ratios,
+        "figures": harness.figures(seconds), "seconds": seconds, "left_out": left_out,
+        "plans": {name: side.plan for name, side in sides.items()},
+    }  # fmt: skip
+
+
+def _seconds(side: harness.Side) -> float:
+    side(1)
+    began = time.perf_counter()
+    side(2)
+    return time.perf_counter() - began
+
+
+def _round(work: workloads.Workload, name: str) -> WholeRound:
+    given = [f"strategy={name}", f"partition.local_test={OWN_TEST / (50 + OWN_TEST)}"]
+    try:
+        return WholeRound(work, *given, TOLD, cohort=COHORT)
+    except UserError as error:
+        if "num_byzantine" not in str(error):
+            raise
+    return WholeRound(work, *given, cohort=COHORT)
