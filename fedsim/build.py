@@ -22,6 +22,8 @@ from fedsim.data.kept import kept, placed
 from fedsim.data.splits import ClientSplits, split_clients, validation_split
 from fedsim.engine.mimic import Mimic
 from fedsim.engine.precision import refusal, set_tf32
+from fedsim.engine.processes import start_server
+from fedsim.engine.shared import share
 from fedsim.engine.store import ClientStore
 from fedsim.engine.task import BUFFER, LOCAL, Task
 from fedsim.errors import UserError
@@ -59,7 +61,7 @@ def build(config: Config, parts: Parts | None = None, saved: Mapping[str, Any] |
     _check_parts(parts)
     run = settings(config)
     device, dtype = _machine(run)
-    dataset, partition, local = data(config, parts)
+    dataset, partition, local = _shared_data(config, parts, device)
     splits = local.at(dataset.splits["train"])
     adversary = build_adversary(config, parts, splits, run.seed)
     if adversary is not None:
@@ -102,6 +104,17 @@ def build(config: Config, parts: Parts | None = None, saved: Mapping[str, Any] |
     check_cohort(experiment)
     check_evaluation(experiment)
     return experiment
+
+
+def _shared_data(config: Config, parts: Parts, device: torch.device) -> tuple[Dataset, Partition, ClientSplits]:
+    """Load the data, where processes train into the one copy that all of them see."""
+    if config.engine.name != "processes":
+        return data(config, parts)
+    start_server()  # workers load while the data does
+    dataset, partition, local = data(config, parts)
+    if device.type == "cpu":
+        dataset = dataset._replace(x=share(dataset.x), y=share(dataset.y))
+    return dataset, partition, local
 
 
 def data(config: Config, parts: Parts | None = None) -> tuple[Dataset, Partition, ClientSplits]:

@@ -174,6 +174,10 @@ class Loop:
             )
         for client, what in trainer.failures.items():
             self.observer.warn(f"round {round}: client {client} failed and is left out: {what}")
+        lost: list[str] = getattr(self.experiment.engine, "warnings", [])  # workers that died
+        for line in lost:
+            self.observer.warn(f"round {round}: {line}")
+        lost.clear()
 
     def _train_seconds(self) -> float:
         return self.backend.trainer.seconds
@@ -270,7 +274,8 @@ def _identity(config: Mapping[str, Any]) -> str:
     """Return a digest of what may not change when a run is resumed."""
     free = ("hydra", "tracker", "num_rounds", "client_state_bytes", "resume")
     kept = {name: value for name, value in config.items() if name not in free}
-    kept["engine"] = {name: value for name, value in kept["engine"].items() if name != "workers"}
+    where = ("workers", "devices", "address")  # these decide who trains, not what comes out
+    kept["engine"] = {name: value for name, value in kept["engine"].items() if name not in where}
     return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -55,6 +55,7 @@ def planned(experiment: Experiment, config: Mapping[str, Any], saved: Mapping[st
     plan = {
         "engine": engine.pop("engine"),
         "engine_arguments": engine,
+        **({"workers": count} if (count := getattr(experiment.engine, "workers", None)) else {}),  # decides no bits
         **experiment.plan,
         "rows": f"held: {why}" if why else "streamed",
         "block_rows": saved["block_rows"] if saved else block_rows(experiment.engine),
@@ -142,6 +143,7 @@ def departures(saved: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[tu
     for side in (before, now):
         side.pop("changes")
         side.pop("why")
+        side.pop("workers", None)
     yield from _differences(before, now)
 
 

@@ -11,7 +11,7 @@ import yaml
 from fedsim.config import Config, compose, from_tree, parse, plain
 from fedsim.errors import UserError
 
-RESUMABLE = ("num_rounds", "engine.workers", "client_state_bytes", "tracker")
+RESUMABLE = ("num_rounds", "engine.workers", "engine.devices", "engine.address", "client_state_bytes", "tracker")
 """What may be set anew when a run is resumed: nothing that decides its numbers but how far it goes."""
 
 

@@ -150,7 +150,8 @@ def resume(folder: Path, overrides: Sequence[str], observer: Observer) -> Result
 
     Args:
         folder: a run folder.
-        overrides: `num_rounds`, `engine.workers`, `client_state_bytes` and `tracker` may change; anything else must be as it was.
+        overrides: `num_rounds`, `tracker`, `client_state_bytes` and the engine's `workers`, `devices` and `address` may
+            change; anything else must be as it was.
         observer: who is told.
 
     Raises:

@@ -16,8 +16,9 @@ SHOWN = ("accuracy", "loss", "validation_accuracy", "client_accuracy_mean", "cli
 def plan_line(plan: Mapping[str, Any]) -> str:
     """Return what decides the bits of a run, and its rhythms, in one line."""
     numbers = plan["dtype"] if plan["precision"] == "fp32" else f"{plan['dtype']} with {plan['precision']} products"
+    workers = f", {plan['workers']} workers" if "workers" in plan else ""
     return (
-        f"engine {plan['engine']} ({plan['why']}) on {plan['device']}, {numbers}, {plan['threads']} threads, "
+        f"engine {plan['engine']}{workers} ({plan['why']}) on {plan['device']}, {numbers}, {plan['threads']} threads, "
         f"{plan['parameters']:,} parameters, {plan['cohort']} of {plan['clients']} clients a round, "
         f"updates {plan['rows']}, evaluation every {plan['evaluate_every']} "
         f"(clients every {plan['evaluate_clients_every']}), checkpoint every {plan['checkpoint_every']}"

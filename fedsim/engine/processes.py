@@ -223,6 +223,14 @@ class Processes:
         return view(self._memories[name], spec)
 
 
+def start_server() -> None:
+    """Begin to load what workers need, beside what this process does meanwhile."""
+    if _context().get_start_method() == "forkserver":
+        from multiprocessing import forkserver
+
+        forkserver.ensure_running()
+
+
 def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
