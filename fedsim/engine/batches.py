@@ -26,7 +26,7 @@ class Step(NamedTuple):
 def steps(order: Schedule, rows: Int64, device: torch.device, dtype: torch.dtype) -> Iterator[Step]:
     """Lay out the steps of some rows of a schedule.
 
-    All of a chunk's indices cross to the device in one copy.
+    All that a chunk needs crosses to the device at once: a copy in every step would make the host wait for it.
 
     Args:
         order: the job's.
@@ -52,17 +52,19 @@ def steps(order: Schedule, rows: Int64, device: torch.device, dtype: torch.dtype
     flat = np.concatenate([o.ravel() for o in offsets])
     where = np.concatenate([(o + starts[: len(o), None]).ravel() for o in offsets])
     both = torch.from_numpy(np.stack([order.positions[where], flat])).to(device)  # (2, Σ a·b)
-    at = 0
+    real = [np.arange(o.shape[1]) < length[:, None] for o, length in zip(offsets, lengths, strict=True)]  # (a, b) each
+    shares = [(r / length[:, None]).ravel() for r, length in zip(real, lengths, strict=True)]
+    weights = torch.from_numpy(np.concatenate(shares)).to(dtype).to(device)  # (Σ a·b,)
+    counted = torch.from_numpy(np.concatenate(lengths)).to(dtype).to(device)  # (Σ a,)
+    at = row = 0
     for s, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
-        span = slice(at, at + offset.size)
-        at += offset.size
-        real = np.arange(offset.shape[1]) < length[:, None]  # (a, b)
-        weights = torch.from_numpy(real / length[:, None]).to(device, dtype)  # (a, b)
+        span, mine = slice(at, at + offset.size), slice(row, row + len(length))
+        at, row = span.stop, mine.stop
         yield Step(
             s,
             both[0, span].view(offset.shape),
             both[1, span].view(offset.shape),
-            weights,
-            torch.from_numpy(length).to(device, dtype),
+            weights[span].view(offset.shape),
+            counted[mine],
             length,
         )

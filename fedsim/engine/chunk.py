@@ -61,8 +61,11 @@ class Chunk:
             self._phase(plan, params, situation)
         trained = {name: value.clone() for name, value in params.items()} if self._finishes else {}
         out.sub_(self.start)
-        for row, delta in zip(self.rows.tolist(), out, strict=True):
-            block.square_norms[row] = torch.dot(delta, delta)
+        if out.device.type == "cpu":
+            for row, delta in zip(self.rows.tolist(), out, strict=True):
+                block.square_norms[row] = torch.dot(delta, delta)
+        else:  # one operation: a launch a row would cost more than the sums
+            block.square_norms[self.where] = torch.linalg.vecdot(out, out)  # (R,)
         block.extras["train_loss"][self.where] = (self.losses / self.seen.clamp(min=1)).to(self.task.dtype)
         if self._finishes and situation is not None:
             self._finish(trained, situation, block)
