@@ -51,13 +51,27 @@ def client_of(run: Path, data: OwnData | None = None) -> ClientApp:
 
     """
 
-    def local(context: Context) -> tuple[EngineBackend, int]:
-        """Return this node's client with what it kept, and who it is."""
-        asked, total = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
-        backend, clients = _backend(run, data, asked, total)
-        if not 0 <= asked < len(clients):
-            raise ValueError(f"partition-id must be 0 to {len(clients) - 1}, one of the run's clients; got {asked}")
-        client = clients[asked]
+    def local(client: int, total: int) -> tuple[EngineBackend, int]:
+        backend, clients = _backend(run, data, client, total)
+        if not 0 <= client < len(clients):
+            raise ValueError(f"partition-id must be 0 to {len(clients) - 1}, one of the run's clients; got {client}")
+        return backend, clients[client]
+
+    return app_of(local)
+
+
+def app_of(local: Callable[[int, int], tuple[EngineBackend, int]]) -> ClientApp:
+    """Return a ClientApp that trains a run's clients, one a node.
+
+    Args:
+        local: (partition-id, number of partitions) → (the backend that trains, its client of that id).
+
+    """
+
+    def mine(context: Context) -> tuple[EngineBackend, int]:
+        """Return this node's client with what it kept."""
+        asked = context.node_config["partition-id"], context.node_config["num-partitions"]
+        backend, client = local(int(asked[0]), int(asked[1]))
         if held := kept(context):
             backend.task.store.put(np.array([client]), {name: value[None] for name, value in held.items()})
         return backend, client
@@ -71,7 +85,7 @@ def client_of(run: Path, data: OwnData | None = None) -> ClientApp:
     def train(
         weights: dict[str, Tensor], config: dict[str, Any], context: Context
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        backend, client = local(context)
+        backend, client = mine(context)
         broadcast = config.pop("broadcast", {})
         w = flat(backend, weights, broadcast).to(backend.task.device, backend.task.dtype)
         cohort = backend.train(int(config.pop("server-round")), np.array([client]), w, broadcast, config)
@@ -83,7 +97,7 @@ def client_of(run: Path, data: OwnData | None = None) -> ClientApp:
         return backend.layout.split(w + cohort.rows[0]), {**metrics, **uploads}
 
     def evaluate(weights: dict[str, Tensor], config: dict[str, Any], context: Context) -> Mapping[str, Any]:
-        backend, client = local(context)
+        backend, client = mine(context)
         w = flat(backend, weights, config.pop("broadcast", {}))
         measured = backend.evaluate(int(config["server-round"]), np.array([client]), w)
         return {name: values[0].item() for name, values in measured.items()}

@@ -26,14 +26,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from flwr.app import Context, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from safetensors.torch import load_file
 
 import fedsim
 from fedsim import cli
-from fedsim.flower import runtime
+from fedsim.flower.nodes import LocalNodes
 
 BIN = Path(sys.executable).parent
 on_loopback = pytest.mark.skipif("FEDSIM_DEPLOYMENT" not in os.environ, reason="a minute: FEDSIM_DEPLOYMENT=1 runs it")
@@ -143,48 +140,6 @@ def run_to_the_end(loopback, app, folder, config="", connection=("insecure = tru
     return said
 
 
-class InProcess(Grid):
-    """Nodes 11, 12, … whose replies come from a ClientApp at once; those in `gone` never answer."""
-
-    def __init__(self, app, num_nodes=NODES):
-        runtime.claim_identity()
-        self.app, self.gone = app, set()
-        self.contexts = {
-            11 + i: Context(1, 11 + i, {"partition-id": i, "num-partitions": num_nodes}, RecordDict(), {})
-            for i in range(num_nodes)
-        }
-
-    def set_run(self, run): ...
-
-    @property
-    def run(self): ...
-
-    def create_message(self, *_): ...
-
-    def push_messages(self, messages): ...
-
-    def pull_messages(self, message_ids): ...
-
-    def get_node_ids(self):
-        return list(self.contexts)
-
-    def send_and_receive(self, messages, *, timeout=None):
-        replies = []
-        for message in messages:
-            node = message.metadata.dst_node_id
-            if node not in self.gone:
-                content = wire(message.content)
-                replies.append(self.app(runtime.with_content(message, content), self.contexts[node]))
-        return replies
-
-
-def wire(content):
-    """Return what is left of a message's content once it has been bytes."""
-    objects = get_all_nested_objects(content)
-    deflated = {name: item.deflate() for name, item in objects.items()}
-    return inflate_object_from_contents(content.object_id, deflated)
-
-
 def load(app):
     """Import an exported app from its folder, under a name of its own."""
     (path,) = app.glob("*/app.py")
@@ -194,18 +149,20 @@ def load(app):
     return module
 
 
-def deploy(app, folder, gone_after=None, **config):
+def deploy(app, folder, monkeypatch=None, gone_after=None, **config):
     """Run the ServerApp of an exported run over its ClientApp, in this process; return the weights."""
     module = load(app)
     said = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     context = Context(1, 0, {}, RecordDict(), {**said, "folder": str(folder), **config})
-    grid = InProcess(module.client)
+    grid = LocalNodes(module.client, NODES)
     if gone_after is not None:
-        sent = grid.send_and_receive
-        times = iter(range(100))
-        grid.send_and_receive = lambda messages, **o: (
-            grid.gone.update({12} if next(times) >= gone_after else ()), sent(messages, **o)
-        )[1]  # fmt: skip
+        send, times = grid.send_and_receive, iter(range(100))
+
+        def answer(messages, *, timeout=None):
+            grid.gone |= {1} if next(times) >= gone_after else set()
+            return send(messages)
+
+        monkeypatch.setattr(grid, "send_and_receive", answer)
     module.server(grid, context)
     return load_file(folder / "model.safetensors")
 
@@ -268,9 +225,11 @@ def test_running_statistics_travel_along(tmp_path, monkeypatch):
     assert "Flower's strategies get parameters alone" in said
 
 
-def test_the_rows_name_a_client_that_is_gone(tmp_path):
+def test_the_rows_name_a_client_that_is_gone(tmp_path, monkeypatch):
     app = exported(tmp_path / "app", *SMALL, "num_rounds=3", "strategy=fedavg")
-    deploy(app, tmp_path / "out", gone_after=2, **{"fraction-evaluate": 0.5})  # after one round's two exchanges
+    deploy(
+        app, tmp_path / "out", monkeypatch, gone_after=2, **{"fraction-evaluate": 0.5}
+    )  # after one round's two exchanges
     rows = rows_of(tmp_path / "out")
     assert [(row["num_participants"], row["missing"]) for row in rows] == [(3, ""), (2, "1"), (2, "1")]
     assert all(0 < row["eval_acc"] <= 1 for row in rows)

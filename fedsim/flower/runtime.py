@@ -21,6 +21,8 @@ from flwr.app.message import arrayrecord
 from flwr.app.message.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM, KEY_NORM_BIT
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.logger import LOGGER_NAME, update_console_handler
 from flwr.supercore.run import Run as Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -58,6 +60,14 @@ def set_message_id(message: Message, message_id: str) -> None:
 def with_content(message: Message, content: RecordDict) -> Message:
     """Return a message with the same metadata, id included, and another content."""
     return make_message(metadata=message.metadata, content=content)
+
+
+def as_sent(content: RecordDict) -> RecordDict:
+    """Return what is left of a message's content once it has been bytes, as on a network."""
+    parts = {name: item.deflate() for name, item in get_all_nested_objects(content).items()}
+    received = inflate_object_from_contents(content.object_id, parts)
+    assert isinstance(received, RecordDict)  # what was sent
+    return received
 
 
 @contextmanager
