@@ -212,6 +212,7 @@ VERBS = {
         Several values are written a=1,2 or a='range(5)' or strategy='glob(fed*)' (Hydra's sweep grammar). Every trial
         has its run folder in that of the sweep, which is hydra.sweep.dir; the table is sweep.json and sweep.parquet.
         sweep.workers=N trials run at a time; null: one per GPU, or sweep.trials_per_gpu of them, else one per core.
+        sweep.batch=true: trials that differ only in seeds and rates train as rows of one program.
 
         examples:
           fedsim sweep strategy=fedavg,fedld partition.alpha=0.1,1 seed='range(5)'

@@ -33,6 +33,7 @@ class Part(NamedTuple):
     task: Task
     job: Job
     out: Tensor  # (K, D)
+    chunk: int  # rows at once
 
 
 class Seat:
@@ -49,6 +50,7 @@ class Seat:
         self.engine, self.task, self._meeting = engine, task, meeting
         self.plan: Mapping[str, Any] = engine.plan
         self.block_rows = engine.block_rows
+        self.chunk: int = getattr(engine, "chunk", 1)  # its own: halved where memory runs out
         self.part: Part | None = None  # waits to be trained
         self.outcome: Block | BaseException | None = None
         self.error: BaseException | None = None  # that ended the replica
@@ -57,7 +59,7 @@ class Seat:
 
     def train(self, job: Job, out: Tensor) -> Block:
         """Wait until the rows are trained."""
-        self.part = Part(self.task, job, out)
+        self.part = Part(self.task, job, out, self.chunk)
         self._meeting.back.release()
         self.go.acquire()
         if self._meeting.stopped:
@@ -174,7 +176,8 @@ def train_together(engine: Vectorized, parts: Sequence[Part]) -> list[Block]:
         laid = [lay_out(part.task, part.job) for part in chosen]
         block = _joined([room(p.task, p.job, one.num_steps) for p, one in zip(chosen, laid, strict=True)])
         job, target = _job([part.job for part in chosen]), Target([part.out for part in chosen])
-        chunks = chunks_of([one.num_steps for one in laid], engine.chunk, on_cpu=engine.task.device.type == "cpu")
+        size = min(part.chunk for part in chosen)
+        chunks = chunks_of([one.num_steps for one in laid], size, on_cpu=engine.task.device.type == "cpu")
         trainings += engine.trainings(job, _laid(laid), chunks, target, block)
         merged.append((mine, block))
     engine.run(trainings)

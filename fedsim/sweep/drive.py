@@ -21,7 +21,7 @@ from fedsim.sweep import table
 from fedsim.sweep.board import Board
 from fedsim.sweep.grammar import Words, read
 from fedsim.sweep.plan import Plan
-from fedsim.sweep.pool import PICTURES, Event, Job, Pool, start_server
+from fedsim.sweep.pool import PICTURES, Batch, Event, Job, Pool, start_server
 
 # Groups whose parts are built from their settings alone, and the settings that are fedsim's and not the part's.
 _DATALESS = {
@@ -33,7 +33,7 @@ _WRITE_EVERY = 1.0  # seconds between two writes of the table while trials end
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """How many trials run at a time, and on what: `sweep.workers` and `sweep.trials_per_gpu`.
+    """How many trials run at a time, and on what: `sweep.workers`, `sweep.trials_per_gpu` and `sweep.batch`.
 
     Raises:
         ValueError: a value out of its range.
@@ -42,6 +42,7 @@ class Machine:
 
     workers: int | None = None  # processes, one trial at a time each, ≥ 1; None: GPUs × trials_per_gpu, else cores
     trials_per_gpu: int = 1  # ≥ 1
+    batch: bool = False  # whether trials that differ only in seeds and rates train as one program
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -99,7 +100,7 @@ def sweep(given: Sequence[str], config_dir: Path | None, board: Board) -> Path:
         plans.save(plan, folder)
     devices = machine.devices(cpu=asked.fixed_value("device") == "cpu")
     with going_on(folder, "sweep"), locked(folder), Pool(devices) as pool:
-        rows = execute(plan, folder, pool, board)
+        rows = execute(plan, folder, pool, board, batch=machine.batch)
     table.write_parquet(folder, rows)
     board.finish(table.means(rows, plan.keys, table.SHOWN), plan.keys)
     board.note(f"{folder}/sweep.json")
@@ -130,7 +131,8 @@ def plan_of(words: Words, given: Sequence[str], config_dir: Path | None, machine
     check(words, config_dir, board)
     points = list(plans.product(words.axes))
     devices = machine.devices(cpu=words.fixed_value("device") == "cpu")
-    threads = threads_for(min(len(devices), len(points)), words)
+    units = len(plans.batches(plans.trials_of(points, (), None))) if machine.batch else len(points)
+    threads = threads_for(min(len(devices), units), words)
     trials = plans.trials_of(points, words.fixed, threads)
     return Plan(
         words=tuple(given), config_dir=None if config_dir is None else str(config_dir), threads=threads, trials=trials
@@ -181,8 +183,17 @@ def threads_for(num_workers: int, words: Words) -> int | None:
     return None if said or num_workers == 1 else max(1, num_cores() // num_workers)
 
 
-def execute(plan: Plan, folder: Path, pool: Pool, board: Board) -> list[table.Row]:
-    """Do the trials of a plan that are not done, and return the rows of all."""
+def execute(plan: Plan, folder: Path, pool: Pool, board: Board, *, batch: bool = False) -> list[table.Row]:
+    """Do the trials of a plan that are not done, and return the rows of all.
+
+    Args:
+        plan: with all trials.
+        folder: of the sweep.
+        pool: who does them.
+        board: who is told.
+        batch: whether those that differ only in seeds and rates train as one program.
+
+    """
     rows = {trial.name: table.row(trial, folder) for trial in plan.trials}
     trials = {trial.name: trial for trial in plan.trials}
     missing = [trial for trial in plan.trials if rows[trial.name]["state"] != "done"]
@@ -200,10 +211,12 @@ def execute(plan: Plan, folder: Path, pool: Pool, board: Board) -> list[table.Ro
             board.heard(event)
 
     table.write(plan, folder, list(rows.values()))
-    board.begin(len(rows), len(rows) - len(missing), min(len(pool), len(missing)))
+    groups = plans.batches(missing) if batch else [[trial] for trial in missing]
+    side_by_side = sum(sorted(map(len, groups), reverse=True)[: len(pool)])
+    board.begin(len(rows), len(rows) - len(missing), side_by_side)
     try:
-        jobs = [Job(t.name, str(folder / t.name), t.overrides, plan.config_dir) for t in missing]
-        pool.run(jobs, told)
+        jobs = [[Job(t.name, str(folder / t.name), t.overrides, plan.config_dir) for t in group] for group in groups]
+        pool.run((Batch(tuple(group)) if len(group) > 1 else group[0] for group in jobs), told)
         shutil.rmtree(folder / PICTURES, ignore_errors=True)
     finally:
         board.end()

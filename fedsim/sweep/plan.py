@@ -19,6 +19,7 @@ from fedsim.files import atomic
 from fedsim.sweep.grammar import Axis, Words, bare
 
 FILE = "trials.json"
+_RATES = ("lr", "lr_decay")  # of clients; the numbers of a strategy are its own rule's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,28 @@ def _slug(values: Mapping[str, Any], groups: Sequence[str], most: int = 80) -> s
     parts = [str(value) if key in groups else f"{key.rpartition('.')[2]}-{value}" for key, value in values.items()]
     text = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts)).strip("-.")[:most]
     return f"-{text}".rstrip("-.")
+
+
+def batches(trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Group trials that differ only in seeds and in rates: they can train as one program.
+
+    >>> one, two, far = (Trial(name="", overrides=(), values=v) for v in (
+    ...     {"seed": 0, "client.lr": 0.1, "model": "mlp"}, {"seed": 1, "client.lr": 1, "model": "mlp"},
+    ...     {"seed": 0, "client.lr": 0.1, "model": "cnn"}))
+    >>> [len(group) for group in batches([one, far, two])]
+    [2, 1]
+    """
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        fixed = {key: value for key, value in trial.values.items() if not _is_rate(key, value)}
+        groups.setdefault(json.dumps(fixed, default=str), []).append(trial)
+    return list(groups.values())
+
+
+def _is_rate(key: str, value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    name = key.rpartition(".")[2]
+    return key == "seed" or name == "seed" or (number and (key.startswith("strategy.") or name in _RATES))
 
 
 def check(words: Words, config_dir: Path | None) -> list[Config]:

@@ -24,6 +24,12 @@ class Job(NamedTuple):
     config_dir: str | None
 
 
+class Batch(NamedTuple):
+    """Trials that a worker does side by side, as replicas."""
+
+    jobs: tuple[Job, ...]
+
+
 class Event(NamedTuple):
     """What a worker tells: "begin", "start", "round", "note", "warn", "done" or "failed", with what belongs to it."""
 
@@ -33,14 +39,14 @@ class Event(NamedTuple):
 
 
 class _Worker:
-    """A process, the pipe to it, and the trial it does."""
+    """A process, the pipe to it, and the trials it does."""
 
     def __init__(self, context: Any, device: str | None) -> None:
         environ = dict(os.environ)
         if device is not None:
             environ["CUDA_VISIBLE_DEVICES"] = device
         self.device = device
-        self.job: Job | None = None
+        self.jobs: list[str] = []  # names of those that have not ended
         self.pipe, theirs = context.Pipe()
         # Not a daemon: an engine inside the trial may have processes of its own. The worker watches its parent.
         self.process = context.Process(target=_serve, args=(theirs, environ, os.getcwd()), daemon=False)
@@ -49,7 +55,7 @@ class _Worker:
 
     def end(self) -> None:
         self.pipe.close()
-        if self.job is not None:  # its checkpoints are whole whenever it is killed
+        if self.jobs:  # its checkpoints are whole whenever it is killed
             self.process.kill()
         self.process.join(_GRACE)
         if self.process.is_alive():
@@ -86,11 +92,11 @@ class Pool:
     def __len__(self) -> int:
         return len(self._devices)
 
-    def run(self, jobs: Iterable[Job], told: Callable[[Event], None]) -> None:
+    def run(self, jobs: Iterable[Job | Batch], told: Callable[[Event], None]) -> None:
         """Do all jobs, in order of their start; a job that fails, or whose process dies, stops no other.
 
         Args:
-            jobs: what to do.
+            jobs: what to do; those of a batch are one process's.
             told: called with every event, here and in no other thread. Each job has a "begin", and one "done" or
                 "failed" at its end.
 
@@ -100,20 +106,23 @@ class Pool:
             self._workers.append(_Worker(self._context, self._devices[len(self._workers)]))
         for worker in self._workers:
             self._give(worker, waiting, told)
-        while any(worker.job for worker in self._workers):
-            ready = connection.wait([worker.pipe for worker in self._workers if worker.job])
+        while any(worker.jobs for worker in self._workers):
+            ready = connection.wait([worker.pipe for worker in self._workers if worker.jobs])
             for i, worker in enumerate(self._workers):
                 if worker.pipe in ready:
                     self._workers[i] = self._hear(worker, told)
-                    if self._workers[i].job is None:
+                    if not self._workers[i].jobs:
                         self._give(self._workers[i], waiting, told)
 
-    def _give(self, worker: _Worker, waiting: deque[Job], told: Callable[[Event], None]) -> None:
+    def _give(self, worker: _Worker, waiting: deque[Job | Batch], told: Callable[[Event], None]) -> None:
         if waiting:
-            worker.job = waiting.popleft()
-            told(Event("begin", worker.job.name, {"folder": worker.job.folder}))
+            unit = waiting.popleft()
+            jobs = unit.jobs if isinstance(unit, Batch) else (unit,)
+            worker.jobs = [job.name for job in jobs]
+            for job in jobs:
+                told(Event("begin", job.name, {"folder": job.folder}))
             with contextlib.suppress(BrokenPipeError):  # it has died; the next wait says so
-                worker.pipe.send(worker.job)
+                worker.pipe.send(unit)
 
     def _hear(self, worker: _Worker, told: Callable[[Event], None]) -> _Worker:
         """Pass on one event; return the worker, or a new one in the place of one that died."""
@@ -121,12 +130,12 @@ class Pool:
             event = worker.pipe.recv()
         except (EOFError, ConnectionResetError):
             worker.process.join()
-            name = worker.job.name if worker.job else ""
-            told(Event("failed", name, {"error": _epitaph(worker.process.exitcode), "seconds": None}))
+            for name in worker.jobs:
+                told(Event("failed", name, {"error": _epitaph(worker.process.exitcode), "seconds": None}))
             worker.pipe.close()
             return _Worker(self._context, worker.device)
         if event.kind in ("done", "failed"):
-            worker.job = None
+            worker.jobs.remove(event.name)
         told(event)
         return worker
 

@@ -30,11 +30,16 @@ def summary_of(folder: Path) -> dict[str, Any] | None:
 def row(trial: Trial, folder: Path, error: str | None = None) -> Row:
     """Return the row of a trial: `trial`, `state`, `error`, its swept values, then the figures of its summary.
 
+    `replicas` counts the trials whose rows trained as one program, where there were several.
+
     The state is "done", "failed" (with an error) or "missing" (not begun, or not ended).
     """
     summary = summary_of(folder / trial.name)
     state = "failed" if error is not None else "missing" if summary is None else "done"
     head: Row = {"trial": trial.name, "state": state, "error": error}
+    together = (summary or {}).get("plan", {}).get("replicas", 1)
+    if together > 1:
+        head["replicas"] = together
     figures = {k: v for k, v in flat(summary or {}) if not k.startswith(_LEFT_OUT) and k not in trial.values}
     return {**head, **trial.values, **({} if error is not None else figures)}
 

@@ -14,7 +14,8 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from multiprocessing import connection, parent_process
 from pathlib import Path
@@ -30,8 +31,9 @@ from fedsim.data.kept import keeping
 from fedsim.errors import UserError
 from fedsim.folder import locked
 from fedsim.partition.picture import drawn_once
+from fedsim.replicas import Entrant, Outcome, together
 from fedsim.sweep.plan import setting
-from fedsim.sweep.pool import PICTURES, Event, Job
+from fedsim.sweep.pool import PICTURES, Batch, Event, Job
 
 # What runs import when they first need it: loaded once, before the fork, it costs the trials nothing.
 for _name in (
@@ -68,8 +70,8 @@ class Reporter(Plain):
             self._tell("round", {name: row.get(name) for name in _TOLD})
 
     def warn(self, line: str) -> None:
-        """Tell the warning; it stands in the log too."""
-        super().warn(line)
+        """Write the warning into the log, and tell it."""
+        self._write(f"warning: {line}")
         self._tell("warn", {"line": line})
 
 
@@ -96,7 +98,10 @@ def serve(pipe: connection.Connection, environ: Mapping[str, str], folder: str) 
         try:
             torch.set_num_threads(threads)  # a run's model is made before the run has set its own
             with keeping(data):
-                _do(job, pipe)
+                if isinstance(job, Batch):
+                    _do_together(job, pipe)
+                else:
+                    _do(job, pipe)
         except BrokenPipeError:
             return
         gc.collect()
@@ -132,12 +137,47 @@ def _do(job: Job, pipe: connection.Connection) -> None:
 
 
 def _run(job: Job, folder: Path, observer: Reporter) -> None:
+    _launch(job, folder).go(observer)
+
+
+def _launch(job: Job, folder: Path) -> simulation.Launch:
     if (folder / "plan.json").exists():
-        simulation.resume(folder, [], observer)
-        return
+        return simulation.relaunch(folder, [])
     own = setting("hydra.run.dir", str(folder))
     config_dir = None if job.config_dir is None else Path(job.config_dir)
-    simulation.run(compose([*job.overrides, own], config_dir=config_dir), observer)
+    return simulation.launch(compose([*job.overrides, own], config_dir=config_dir))
+
+
+def _do_together(batch: Batch, pipe: connection.Connection) -> None:
+    """Do trials as replicas, each with its own log; what C libraries write is in the first one's."""
+    folders, started = [Path(job.folder) for job in batch.jobs], time.perf_counter()
+
+    def tell(job: Job, kind: str, content: Mapping[str, Any]) -> None:
+        pipe.send(Event(kind, job.name, content))
+
+    def ended(i: int, outcome: Outcome) -> None:
+        content: dict[str, Any] = {"seconds": time.perf_counter() - started}
+        if isinstance(outcome, BaseException):
+            traceback.print_exception(outcome, file=logs[i])
+            tell(batch.jobs[i], "failed", {**content, "error": _one_line(outcome)})
+        else:
+            tell(batch.jobs[i], "done", content)
+
+    with ExitStack() as stack:
+        logs = []
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            _wait_for(folder)
+            logs.append(stack.enter_context(open(folder / LOG, "a")))
+        stack.enter_context(_output_to(folders[0] / LOG))
+        stack.enter_context(drawn_once(folders[0].parent / PICTURES))
+        together(
+            [
+                Entrant(launch=partial(_launch, job, folder), observer=Reporter(log, partial(tell, job)))
+                for job, folder, log in zip(batch.jobs, folders, logs, strict=True)
+            ],
+            ended,
+        )
 
 
 def _one_line(error: BaseException) -> str:
