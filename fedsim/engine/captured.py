@@ -1,0 +1,183 @@
+"""Clients one after another inside one native program: a local step is recorded once and runs without Python.
+
+On a CPU a client's weights then stay in the core's own cache from its first step to its last, and neither the
+interpreter nor its lock stands between two operations, so that threads scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.engine.lanes import mixes_samples
+from fedsim.engine.native import Lane, Steps, alone, compiled
+from fedsim.engine.record import NotRecordable, Program, record
+from fedsim.engine.step import Step
+from fedsim.engine.task import LOCAL, Block, Job, Task, local_round, room
+from fedsim.local import Int64
+
+# The optimising executor runs other products in its first calls than later: bits would depend on a resume.
+_as_written: Any = partial(getattr(torch.jit, "optimized_execution"), False)  # noqa: B009  (not among torch's typed names)
+
+SUMMED = 8  # rows of a block that is summed before the blocks are
+
+
+class Captured:
+    """Trains clients one after another in native loops, one a thread.
+
+    Which thread trains a client, and beside whom, changes none of its operations: bits depend on neither.
+
+    Args:
+        task: what all rounds share; on a CPU, with one phase and an objective that is a criterion.
+        threads: native loops at once, ≥ 1; None: as many as torch has threads.
+
+    Raises:
+        ValueError: what a client does cannot be recorded.
+
+    """
+
+    block_rows: int | None = None
+
+    def __init__(self, task: Task, *, threads: int | None = None) -> None:
+        _check(task)
+        self.task = task
+        self.step = Step(task)
+        self._programs: dict[tuple[int, bool, bool], Program] = {}
+        self._loops: dict[Any, Callable[..., None]] = {}
+        self._prove()
+        self._threads = threads or torch.get_num_threads()
+        self._lanes: SimpleQueue[Lane] = SimpleQueue()
+        for _ in range(self._threads):
+            self._lanes.put(Lane(task, self.step.names, self.step.apart, self.step.num_slots))
+        self._pool = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,))
+        self.plan: Mapping[str, Any] = {"engine": "vectorized", "kernels": "captured"}
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=True)
+
+    def train(self, job: Job, out: Tensor) -> Block:
+        """Train the rows of a job and write their updates w_k − w_received into out (K, D)."""
+        return self._run(job, out, None)
+
+    def train_sum(self, job: Job, coefficients: Tensor, total: Tensor) -> Block:
+        """Train the rows of a job and add Σ c_k Δ_k over finite rows to total (D,); no row is ever held.
+
+        Rows are summed in blocks by position, and the blocks from the first to the last: the sum depends on neither
+        threads nor order.
+
+        Args:
+            job: the rows.
+            coefficients: (K,) c_k.
+            total: (D,), added to.
+
+        """
+        return self._run(job, None, (coefficients.tolist(), total))
+
+    def _run(self, job: Job, out: Tensor | None, summed: tuple[list[float], Tensor] | None) -> Block:
+        task = self.task
+        order = local_round(task, job, 0, task.phases[0])
+        block = room(task, job, order.num_steps)
+        versions = sorted(set(job.received.tolist()))
+        pulls = [self.step.pull(job, version) for version in versions]
+        pulled = any(pulls)
+        starts = [job.models[version] for version in versions]
+        shared = [self.step.common(start, mu, job.lr, pulled=pulled) for start, mu in zip(starts, pulls, strict=True)]
+        corrections = self.step.corrections(job.lr, int(order.num_steps.max(initial=0)))
+        state = [block.state[LOCAL + name] for name in task.local.names]
+        parts = _blocks(len(job)) if summed else _shares(order.num_steps, 4 * self._threads)
+        steps = Steps(task, job, order, np.concatenate(parts))
+        loop = self._loop(steps.kinds, pulled=pulled)
+        sums = [torch.zeros_like(summed[1]) for _ in parts] if summed else []
+        ends = np.cumsum([0, *map(len, parts)])
+
+        def run(number: int) -> None:
+            lane, work = self._lanes.get(), steps.part(int(ends[number]), int(ends[number + 1]))
+            losses = torch.zeros(len(work.length), dtype=task.dtype)  # (S,)
+            try:
+                with torch.no_grad(), _as_written():
+                    loop(
+                        *work[:6], starts, shared, corrections, self.step.x, task.y, *work[6:10],
+                        lane.flat, lane.params, lane.slots, lane.apart, lane.apart_views, lane.local, state,
+                        out, sums[number] if summed else losses, summed[0] if summed else [0.0], block.square_norms,
+                        losses,
+                    )  # fmt: skip
+                block.extras["train_loss"][torch.from_numpy(parts[number])] = work.mean(losses).to(task.dtype)
+            finally:
+                self._lanes.put(lane)
+
+        waiting = [self._pool.submit(run, number) for number in range(len(parts))]
+        wait(waiting)  # all of them, failed or not: nobody may still write when rows are trained again
+        for future in waiting:
+            future.result()
+        if summed:
+            for part in sums:
+                summed[1].add_(part)
+        return block
+
+    def _program(self, size: int, *, padded: bool, pulled: bool) -> Program:
+        key = (size, padded, pulled)
+        if key not in self._programs:
+            step = self.step
+            self._programs[key] = record(
+                partial(step, padded=padded, pulled=pulled), step.example(size, padded=padded, pulled=pulled)
+            )
+        return self._programs[key]
+
+    def _loop(self, kinds: list[tuple[int, bool]], *, pulled: bool) -> Callable[..., None]:
+        key = (tuple(kinds), pulled)
+        if key not in self._loops:
+            programs = [self._program(size, padded=padded, pulled=pulled) for size, padded in kinds]
+            self._loops[key] = compiled(programs, [padded for _, padded in kinds])
+        return self._loops[key]
+
+    def _prove(self) -> None:
+        """Record a step of two samples, and hold it against the step itself on other samples and other weights."""
+        step, size = self.step, min(2, len(self.task.x))
+        try:
+            program = self._program(size, padded=True, pulled=False)
+        except NotRecordable as error:
+            raise ValueError(f"a step cannot be recorded: {error}") from error
+        given = step.example(size, padded=True, pulled=False, number=1)
+        again = [tensor.clone() for tensor in given]
+        with torch.no_grad(), _as_written():
+            mine, theirs = alone(program)(given), step(again, padded=True, pulled=False)
+        same = torch.allclose(mine, theirs, rtol=1e-3, atol=1e-6)
+        if not same or not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(given, again, strict=True)):
+            raise ValueError("a recorded step differs from the step itself: the model depends on more than its inputs")
+
+
+def _shares(num_steps: Int64, count: int) -> list[Int64]:
+    """Split rows into shares of about equal work, longest first."""
+    order = np.argsort(-num_steps, kind="stable")  # (K,)
+    return [part for part in (order[k::count] for k in range(count)) if len(part)]
+
+
+def _check(task: Task) -> None:
+    """Refuse what the native loop does not do.
+
+    Raises:
+        ValueError: it says what.
+
+    """
+    if task.device.type != "cpu":
+        raise ValueError("captured steps are for a CPU")
+    if task.buffers.size:
+        raise ValueError("the model has running statistics (batch norm?)")
+    own = [name for name in ("loss", "direction", "finish", "phases") if hasattr(task.objective, name)]
+    if own or not hasattr(task.objective, "criterion"):
+        raise ValueError(f"the objective is more than a criterion: {', '.join(own)}")
+    if mixes_samples(task):
+        raise ValueError("the model's logits of a sample depend on who else is in its batch")
+
+
+def _blocks(count: int) -> list[Int64]:
+    """Split rows into blocks of neighbours."""
+    return [np.arange(low, min(low + SUMMED, count)) for low in range(0, count, SUMMED)]

@@ -1,0 +1,239 @@
+"""The native loop of captured clients: what it walks, what it works in, and the loop itself."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.engine.record import Program
+from fedsim.engine.task import Job, Task, row_keys
+from fedsim.local import Int64, Schedule
+from fedsim.metrics.classification import segment_sums
+from fedsim.models.dropout import KeyedDropout
+from fedsim.rng import fold_in
+
+BUCKETS = 8  # sizes of a batch that have a program; a batch of another size is padded to the next
+GATHERED = 1 << 17  # input entries that are gathered at once: half a megabyte, beside the weights in a core's cache
+
+
+class Work(NamedTuple):
+    """The steps of some rows, flat: what the native loop walks."""
+
+    rows: list[int]
+    gathers: list[int]  # (R+1,) a row's first gather
+    first: list[int]  # (G+1,) a gather's first step
+    length: list[int]  # (S,) samples of a step
+    program: list[int]  # (S,)
+    versions: list[int]  # (R,) which of the starts a row starts from
+    samples: Tensor  # (M,) positions into the data; short batches repeat their last sample
+    weights: Tensor  # (M,) 1/b, and 0 for repeats
+    keys: Tensor  # (S,) of dropout; empty where there is none
+    sample_keys: Tensor  # (M,) of augmentation; empty where there is none
+    sizes: Tensor  # (S,) samples of a step that count, float64
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """Return each row's mean loss over its samples (R,) from the steps' (S,)."""
+        offsets = torch.tensor([self.first[gather] for gather in self.gathers])
+        weighed = segment_sums(losses.double() * self.sizes, offsets)  # (R,)
+        return weighed / segment_sums(self.sizes, offsets).clamp(min=1)
+
+
+class Steps:
+    """The steps of a job's rows in some order, flat; batches are padded to the sizes that have programs.
+
+    Args:
+        task: what all rounds share.
+        job: the rows.
+        order: their local round.
+        rows: (R,) in the order of training.
+
+    """
+
+    def __init__(self, task: Task, job: Job, order: Schedule, rows: Int64) -> None:
+        self.rows = rows
+        count, sizes = order.num_steps[rows], np.maximum(order.sizes[rows], 1)  # (R,)
+        full = task.training.batch_size or int(task.partition.sizes.max(initial=1))
+        self.first = np.concatenate([[0], np.cumsum(count)])  # (R+1,) a row's first step
+        row = np.repeat(np.arange(len(rows)), count)  # (S,)
+        number = np.arange(len(row)) - self.first[row]  # (S,) step of its row
+        batch = np.minimum(sizes, full)[row] if order.batch_size else sizes[row]  # (S,)
+        epoch, inside = np.divmod(number, -(-sizes[row] // batch))
+        self.length = np.minimum(batch, sizes[row] - inside * batch)  # (S,) samples that count
+        self.padded = _bucket(self.length, full)  # (S,)
+        self.begin = np.concatenate([[0], np.cumsum(self.padded)])  # (S+1,)
+        step = np.repeat(np.arange(len(row)), self.padded)  # (M,)
+        inner = np.arange(len(step)) - self.begin[step]  # (M,)
+        offset = epoch * sizes[row] + inside * batch  # (S,) in the row's stream
+        stream = offset[step] + np.minimum(inner, self.length[step] - 1)  # (M,)
+        self.samples = torch.from_numpy(order.positions[order.starts[rows][row[step]] + stream])
+        self.weights = torch.from_numpy((inner < self.length[step]) / self.length[step]).to(task.dtype)
+        codes = 2 * self.padded + (self.padded != self.length)  # (S,)
+        kinds, self.program = np.unique(codes, return_inverse=True)
+        self.kinds = [(int(code) // 2, bool(code % 2)) for code in kinds]  # (size, whether batches are padded to it)
+        most = max(1, GATHERED // max(1, task.x[0].numel()))  # samples gathered at once
+        turn = (self.begin[:-1] - self.begin[self.first[row]]) // most  # (S,)
+        new = np.flatnonzero(np.diff(row, prepend=-1) | np.diff(turn, prepend=-1))  # (G,) first step of each gather
+        self.gathers, self.gather_first = np.searchsorted(new, self.first), np.append(new, len(row))
+        self.versions = _places(job.received[rows])
+        none = torch.empty(0, dtype=torch.int64)
+        keys = row_keys(task, job)[torch.from_numpy(rows)]  # (R,)
+        drops = any(isinstance(module, KeyedDropout) for module in task.module.modules())
+        self.keys = fold_in(fold_in(keys[row], 0), torch.from_numpy(number)) if drops else none  # (S,)
+        augments = task.augment is not None
+        self.sample_keys = fold_in(fold_in(keys[row[step]], 1), torch.from_numpy(stream)) if augments else none  # (M,)
+
+    def part(self, low: int, high: int) -> Work:
+        """Return the work of rows low … high − 1."""
+        steps = slice(self.first[low], self.first[high])
+        samples = slice(self.begin[steps.start], self.begin[steps.stop])
+        gathers = self.gathers[low : high + 1]
+        return Work(
+            rows=self.rows[low:high].tolist(),
+            gathers=(gathers - gathers[0]).tolist(),
+            first=(self.gather_first[gathers[0] : gathers[-1] + 1] - steps.start).tolist(),
+            length=self.padded[steps].tolist(),
+            program=self.program[steps].tolist(),
+            versions=self.versions[low:high].tolist(),
+            samples=self.samples[samples],
+            weights=self.weights[samples],
+            keys=self.keys[steps],
+            sample_keys=self.sample_keys[samples],
+            sizes=torch.from_numpy(self.length[steps].astype(np.float64)),
+        )
+
+
+def _places(versions: Int64) -> Int64:
+    """Return the place of each version among the ascending ones."""
+    places: Int64 = np.unique(versions, return_inverse=True)[1]
+    return places
+
+
+def _bucket(lengths: Int64, full: int) -> Int64:
+    """Return the sizes that have programs: an eighth of a full batch apart."""
+    if full <= BUCKETS:
+        return lengths
+    eighths = -(-lengths * BUCKETS // full)  # ≥ 1
+    return np.maximum(-(-eighths * full // BUCKETS), lengths)
+
+
+class Lane:
+    """The memory of one client in training; each thread has its own."""
+
+    def __init__(self, task: Task, names: list[str], apart: list[str], slots: int) -> None:
+        own = dict(task.module.named_parameters())
+        self.flat = torch.zeros(task.shared.size, dtype=task.dtype)  # (D,)
+        views = task.shared.split(self.flat)
+        self.apart_views = [views[name] for name in apart]
+        self.apart = [view.contiguous(memory_format=torch.channels_last) for view in self.apart_views]
+        kept = dict(zip(apart, self.apart, strict=True))
+        self.local = [own[name].detach().clone() for name in task.local.names]
+        mine = {**views, **kept, **dict(zip(task.local.names, self.local, strict=True))}
+        self.params = [mine[name] for name in names]
+        self.slots = [torch.zeros_like(p) for _ in range(slots) for p in self.params]
+
+
+def compiled(programs: Sequence[Program], padded: Sequence[bool]) -> Callable[..., None]:
+    """Return the native loop over steps of some programs, see `LOOP` for what it takes.
+
+    Args:
+        programs: of `Step`.
+        padded: whether each reads the weights of its samples.
+
+    """
+    texts = [_function(k, program) for k, program in enumerate(programs)]
+    chosen = "\n".join(
+        f"    if which == {k}:\n        return step_{k}(inputs, constants)" for k in range(1, len(programs))
+    )
+    choice = f"""
+def step(which: int, inputs: List[Tensor], constants: List[List[Tensor]]) -> Tensor:
+{chosen}
+    return step_0(inputs, constants)
+"""
+    unit = torch.jit.CompilationUnit("\n".join([*texts, choice, LOOP]))
+    constants = [list(program.constants) for program in programs]
+    return lambda *given: unit.loop(*given, list(padded), constants)
+
+
+def alone(program: Program) -> Callable[[list[Tensor]], Tensor]:
+    """Return a program as a function of its inputs."""
+    unit = torch.jit.CompilationUnit(_function(0, program))
+    return lambda inputs: unit.step_0(inputs, [list(program.constants)])
+
+
+def _function(number: int, program: Program) -> str:
+    head = f"def step_{number}(inputs: List[Tensor], all: List[List[Tensor]]) -> Tensor:\n"
+    return head + textwrap.indent(f"constants = all[{number}]\n{program.body}\n", "    ")
+
+
+LOOP = """
+def loop(
+    rows: List[int], gathers: List[int], first: List[int], length: List[int], program: List[int], versions: List[int],
+    starts: List[Tensor], common: List[List[Tensor]], corrections: List[List[Tensor]],
+    x: Tensor, y: Tensor, samples: Tensor, weights: Tensor, keys: Tensor, sample_keys: Tensor,
+    flat: Tensor, params: List[Tensor], slots: List[Tensor], apart: List[Tensor], apart_views: List[Tensor],
+    local: List[Tensor], state: List[Tensor],
+    out: Optional[Tensor], total: Tensor, shares: List[float], norms: Tensor, losses: Tensor, padded: List[bool],
+    constants: List[List[Tensor]]
+):
+    given: List[Tensor] = []
+    s = 0
+    low = 0
+    for i in range(len(rows)):
+        row = rows[i]
+        start = starts[versions[i]]
+        flat.copy_(start)
+        for j in range(len(apart)):
+            apart[j].copy_(apart_views[j])
+        for j in range(len(local)):
+            local[j].copy_(state[j][row])
+        for j in range(len(slots)):
+            slots[j].zero_()
+        own = params + slots + common[versions[i]]
+        begun = s
+        for k in range(gathers[i], gathers[i + 1]):
+            high = low
+            for t in range(first[k], first[k + 1]):
+                high = high + length[t]
+            chosen = samples[low:high]
+            xs = x.index_select(0, chosen)
+            ys = y.index_select(0, chosen)
+            at = 0
+            while s < first[k + 1]:
+                size = length[s]
+                inputs = own + [xs.narrow(0, at, size), ys.narrow(0, at, size)]
+                if padded[program[s]]:
+                    inputs.append(weights.narrow(0, low, size))
+                if keys.numel() > 0:
+                    inputs.append(keys[s])
+                if sample_keys.numel() > 0:
+                    inputs.append(sample_keys.narrow(0, low, size))
+                if len(corrections) > 0:
+                    inputs = inputs + corrections[s - begun]
+                given.append(step(program[s], inputs, constants))
+                at = at + size
+                low = low + size
+                s = s + 1
+        for j in range(len(apart)):
+            apart_views[j].copy_(apart[j])
+        for j in range(len(local)):
+            state[j][row].copy_(local[j])
+        if out is not None:
+            delta = out[row]
+            torch.sub(flat, start, out=delta)
+            norms[row].copy_(torch.dot(delta, delta))
+        else:
+            flat.sub_(start)
+            norm = torch.dot(flat, flat)
+            norms[row].copy_(norm)
+            if float(norm.item()) < float("inf"):  # neither is a NaN
+                total.add_(flat, alpha=shares[row])
+    if len(given) > 0:
+        losses.copy_(torch.stack(given))
+"""
+"""Local rounds, client after client: from the version that each starts from, in the memory of one lane, by steps that
+were recorded, to its update: a row of `out`, or added to `total` with its share where there is no `out`."""

@@ -1,0 +1,247 @@
+"""A function of tensors, recorded once as a list of operations and replayed without Python between them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+aten = torch.ops.aten
+
+
+class NotRecordable(ValueError):
+    """What a function does depends on more than its tensors' shapes."""
+
+
+@dataclass(frozen=True)
+class _Ref:
+    """The value that an operation reads, by number."""
+
+    number: int
+
+
+class _Op(NamedTuple):
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outs: tuple[int | None, ...]  # numbers of the tensors it returns, in order; None where it returns none
+    alike: bool  # whether what it reads and returns is of one shape and type
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down the operations that run inside, forward and backward alike, below autograd.
+
+    A tensor is known by where it lies and how it is laid out, not by its Python object: what autograd saves of an
+    output comes back as another object. Everything seen is kept alive, so that no place is used twice.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ops: list[_Op] = []
+        self.alive: list[Any] = []
+        self.numbers: dict[Any, int] = {}
+        self.count = 0
+        for tensor in inputs:
+            self._name(tensor)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and importing the compiler takes a second."""
+        return False
+
+    def _name(self, tensor: Tensor) -> int:
+        self.alive.append(tensor)
+        self.numbers[_place(tensor)] = self.count
+        self.count += 1
+        return self.count - 1
+
+    def known(self, value: Any) -> Any:
+        """Return the reference of a tensor that was seen; a tensor that was not is a constant."""
+        if not isinstance(value, Tensor):
+            return value
+        number = self.numbers.get(_place(value))
+        if number is None:
+            self.alive.append(value)
+            return value.detach()
+        return _Ref(number)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and write it down."""
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise NotRecordable(f"{func.name()} draws from torch's global generator")
+        if func is aten._local_scalar_dense.default:
+            raise NotRecordable("a tensor's value is asked for")
+        known_args, known_kwargs = tree_map(self.known, args), tree_map(self.known, kwargs)
+        out = func(*args, **kwargs)
+        leaves = tuple(out) if isinstance(out, (list, tuple)) else (out,)
+        tensors = [leaf for leaf in (*leaves, *tree_flatten(args)[0]) if isinstance(leaf, Tensor)]
+        alike = len({(leaf.shape, leaf.dtype) for leaf in tensors}) == 1
+        outs = tuple(self._name(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves)
+        self.ops.append(_Op(func, known_args, known_kwargs, outs, alike))
+        return out
+
+
+def _place(tensor: Tensor) -> Any:
+    if not tensor.numel():
+        return id(tensor)
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+class Program(NamedTuple):
+    """A recorded function as TorchScript: of tensors, and of the constants that it reads beside them."""
+
+    body: str  # statements that read `inputs[i]` and `constants[i]`, and return the result
+    constants: list[Tensor]
+
+
+def record(function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor]) -> Program:
+    """Return a program that does what a function does to tensors of these shapes.
+
+    What the function writes into, the program writes into as well. What it reads beside its inputs is a constant.
+
+    Args:
+        function: pure but for writing into its inputs; may differentiate.
+        inputs: examples; they are written into.
+
+    Raises:
+        NotRecordable: what the function does depends on a tensor's value, or on a global generator.
+
+    """
+    recorder = Recorder(inputs)
+    with recorder:
+        result = function(inputs)
+    known = recorder.known(result)
+    if not isinstance(known, _Ref):
+        raise NotRecordable("the result does not depend on the inputs")
+    ops, last = _without_aliases(recorder.ops, known)
+    ops = _live(_into_place(_live(ops, last)), last)
+    return _written(ops, last, len(inputs))
+
+
+def _written(ops: list[_Op], result: int, count: int) -> Program:
+    """Write operations as statements, one each."""
+    constants: list[Tensor] = []
+
+    def text(value: Any) -> str:
+        if isinstance(value, _Ref):
+            return f"inputs[{value.number}]" if value.number < count else f"v{value.number}"
+        if isinstance(value, Tensor):
+            place = next((k for k, known in enumerate(constants) if known is value), len(constants))
+            if place == len(constants):
+                constants.append(value)
+            return f"constants[{place}]"
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(text, value))}]"
+        if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
+            return str(_CODES[value])
+        if isinstance(value, torch.device):
+            return f'torch.device("{value}")'
+        if isinstance(value, float) and not math.isfinite(value):
+            return f'float("{value}")'
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return repr(value)
+        raise NotRecordable(f"an operation takes a {type(value).__name__}")
+
+    lines = []
+    for op in ops:
+        namespace, name = op.function._schema.name.split("::")
+        if namespace != "aten":
+            raise NotRecordable(f"{namespace}::{name} is no operation of torch's own")
+        args = [text(value) for value in op.args] + [f"{key}={text(value)}" for key, value in op.kwargs.items()]
+        call = f"torch.ops.aten.{name}({', '.join(args)})"
+        outs = ", ".join("_" if number is None else f"v{number}" for number in op.outs)
+        lines.append(f"{outs} = {call}")
+    return Program("\n".join([*lines, f"return {text(_Ref(result))}"]), constants)
+
+
+_CODES: dict[Any, int] = {  # as TorchScript has them: the places in c10's enumerations
+    torch.uint8: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3, torch.int64: 4, torch.float16: 5, torch.float32: 6,
+    torch.float64: 7, torch.bool: 11, torch.bfloat16: 15,
+    torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels_last: 2, torch.strided: 0,
+}  # fmt: skip
+
+
+def _without_aliases(ops: list[_Op], result: _Ref) -> tuple[list[_Op], int]:
+    """Leave out what returns its argument: `detach`, a factor 1, and the transposition of a transposition.
+
+    Returns:
+        What is left, and the number of the result then.
+
+    """
+    same: dict[int | None, _Ref] = {}
+    ones: set[int | None] = set()  # where backward begins
+    turned: dict[int | None, _Ref] = {}  # number of a transposed matrix → what it is the transposition of
+
+    def root(value: Any) -> Any:
+        return same.get(value.number, value) if isinstance(value, _Ref) else value
+
+    kept = []
+    for op in ops:
+        args, kwargs = tree_map(root, op.args), tree_map(root, op.kwargs)
+        first, out = args[0] if args else None, op.outs[0] if op.outs else None
+        if isinstance(first, _Ref):
+            if op.function in (aten.detach.default, aten.alias.default):
+                same[out] = first
+                continue
+            if op.function is aten.mul.Tensor and op.alike and first.number in ones and isinstance(args[1], _Ref):
+                same[out] = args[1]
+                continue
+            if op.function is aten.t.default:
+                if first.number in turned:
+                    same[out] = turned[first.number]
+                    continue
+                turned[out] = first
+            if op.function is aten.ones_like.default:
+                ones.add(out)
+        kept.append(op._replace(args=args, kwargs=kwargs))
+    return kept, root(result).number
+
+
+def _into_place(ops: list[_Op]) -> list[_Op]:
+    """Let a product that is subtracted from (or added to) a tensor be accumulated there, never written by itself."""
+    readers = Counter(number for op in ops for number in _read(op))
+    base: dict[int | None, int] = {}  # number of a view → of what it is a view of
+    for op in ops:
+        if op.function.is_view and isinstance(op.args[0], _Ref):
+            base.update(dict.fromkeys(op.outs, base.get(op.args[0].number, op.args[0].number)))
+    # What is written into may have moved on where its product with something stands now.
+    moves = {base.get(op.args[0].number, op.args[0].number) for op in ops if op.function._schema.is_mutable}
+    made = {op.outs[0]: op for op in ops if op.function is aten.mm.default}
+    fused = []
+    for op in ops:
+        if op.function in (aten.sub_.Tensor, aten.add_.Tensor) and isinstance(op.args[1], _Ref) and not op.kwargs:
+            product = made.get(op.args[1].number)
+            alone = readers[op.args[1].number] == 1
+            if product is not None and alone and not moves & {base.get(n, n) for n in _read(product)}:
+                sign = -1.0 if op.function is aten.sub_.Tensor else 1.0
+                args = (op.args[0], *product.args)
+                fused.append(op._replace(function=aten.addmm_.default, args=args, kwargs={"alpha": sign}))
+                continue
+        fused.append(op)
+    return fused
+
+
+def _live(ops: list[_Op], result: int) -> list[_Op]:
+    """Leave out what nobody reads."""
+    wanted: set[int | None] = {result}
+    kept = []
+    for op in reversed(ops):
+        if op.function._schema.is_mutable or wanted.intersection(op.outs):
+            kept.append(op)
+            wanted.update(_read(op))
+    return kept[::-1]
+
+
+def _read(op: _Op) -> list[int]:
+    """Return the numbers of the tensors that an operation reads."""
+    return [leaf.number for leaf in tree_flatten((op.args, op.kwargs))[0] if isinstance(leaf, _Ref)]
