@@ -177,7 +177,7 @@ class Chunk:
     def _finish(self, trained: Params, situation: Situation, block: Block) -> None:
         """Let the objective end the rows: what they keep, send beside the update, and weigh."""
         finish = self.task.objective.finish
-        last = max(int(situation.stacked["num_steps"].max()) - 1, 0)
+        last = max(int(self.plans[situation.number].schedule.num_steps[self.rows].max()) - 1, 0)
         weighs = []
 
         def end(p: Params, mine: Mapping[str, Any]) -> Any:
