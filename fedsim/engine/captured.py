@@ -169,6 +169,8 @@ def _check(task: Task) -> None:
     """
     if task.device.type != "cpu":
         raise ValueError("captured steps are for a CPU")
+    if task.precision != "fp32":
+        raise ValueError(f"captured steps compute in the run's dtype; precision={task.precision} is for other kernels")
     if task.buffers.size:
         raise ValueError("the model has running statistics (batch norm?)")
     own = [name for name in ("loss", "direction", "finish", "phases") if hasattr(task.objective, name)]
