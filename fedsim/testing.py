@@ -46,7 +46,14 @@ def build_rule(name: str, **arguments: Any) -> Any:
     with initialize_config_module(config_module="fedsim.configs", version_base="1.3"):
         try:
             composed = compose(
-                overrides=["+model=mlp", "+client=sgd", "+compressor=none", f"+strategy={name}", *search_path()]
+                overrides=[
+                    "+model=mlp",
+                    "+client=sgd",
+                    "+compressor=none",
+                    "+sampler=uniform",
+                    f"+strategy={name}",
+                    *search_path(),
+                ]
             )
         except MissingConfigException as error:
             known = strategy_names()

@@ -30,6 +30,7 @@ EXEMPT = {
     "centered_clipping": dict.fromkeys(EQUIVARIANCES, "its radius has the unit of the updates, its start is fixed"),
     "norm_clipping": dict.fromkeys(EQUIVARIANCES, "its bound has the unit of the updates and is taken from the origin"),
     "clip": dict.fromkeys(EQUIVARIANCES, "its bound has the unit of the updates and is taken from the origin"),
+    "dp_fedavg": dict.fromkeys(EQUIVARIANCES, "it clips towards the origin and adds noise"),
     "arc": {"translation": "it clips towards the origin"},
     "bucketing": {"permutation": "its buckets are drawn by position, as the paper's are"},
     "feddyn": dict.fromkeys(("unanimity", "translation"), "it takes its drift term off the mean"),

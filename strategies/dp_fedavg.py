@@ -1,0 +1,114 @@
+r"""DP-FedAvg: client-level differential privacy by clipping, a fixed denominator and Gaussian noise.
+
+McMahan et al., ICLR 2018, Algorithm 1 (flat clipping, estimator f̃_f). https://arxiv.org/abs/1710.06963
+    Δ = (1 / qN) \sum_{k ∈ S} Δ_k min(1, C / ‖Δ_k‖)  +  N(0, (z C / qN)² I),   each client in S with probability q
+One client more or less moves the sum by at most C. What a rule does with Δ afterwards (momentum, Adam, a schedule)
+costs no privacy, so any rule may stand inside: it sees Δ as its one update. Clients weigh alike: a weight of n_k
+would need a bound of its own.
+
+What is private is the sequence of models. Not what a simulation records beside them (losses, norms, the share of
+clipped updates), not buffers, and not the draw of a simulation's noise, which follows from the seed.
+The sampler draws an empty cohort again, which the account passes over: its probability is at most exp(−qN).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fedsim.contracts import Cohort, Metrics, State
+from fedsim.layout import Layout
+from fedsim.linalg import combine, row_norms
+from fedsim.strategies.preaggregation import PreAggregator, clip_factors
+
+POISSON = "fedsim.samplers.Poisson"
+
+
+class Accountant(Protocol):
+    """Says what has been spent."""
+
+    def __call__(self, *, noise_multiplier: float, sampling: float, num_rounds: int) -> float:
+        """Return ε after `num_rounds` noisy sums over clients drawn with probability `sampling` each."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPFedAvg(PreAggregator):
+    """A rule on the noisy mean of clipped updates.
+
+    Args:
+        rule: the inner rule; FedAvg.
+        max_norm: C > 0, in units of the updates' Euclidean norms.
+        noise_multiplier: z ≥ 0; 0 is no noise, and no privacy.
+        fraction: q in (0, 1] of the clients in a round, in expectation: the run's `fraction`.
+        accountant: returns ε; `fedsim.metrics.privacy.RDP`. None: nothing is accounted.
+        sampler: the `_target_` of the run's sampler; any but Poisson sampling is warned of, for which ε would be
+            another, or none.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    """
+
+    max_norm: float = 1.0
+    noise_multiplier: float = 1.0
+    fraction: float = 1.0
+    accountant: Accountant | None = None
+    sampler: str = POISSON
+
+    def __post_init__(self) -> None:
+        if not self.max_norm > 0:
+            raise ValueError(f"DPFedAvg needs max_norm > 0, got {self.max_norm}")
+        if not 0 <= self.noise_multiplier < math.inf:
+            raise ValueError(f"DPFedAvg needs a finite noise_multiplier >= 0, got {self.noise_multiplier}")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"DPFedAvg needs 0 < fraction <= 1, got {self.fraction}; it is the run's fraction")
+        if self.sampler != POISSON and self.accountant is not None:
+            warnings.warn(
+                f"epsilon holds for Poisson sampling, and clients are drawn by {self.sampler}; choose sampler=poisson",
+                stacklevel=2,
+            )
+
+    def init(self, layout: Layout, num_clients: int) -> State:
+        """Return the inner rule's memory and N."""
+        return {"rule": self.rule.init(layout, num_clients), "num_clients": num_clients}
+
+    def broadcast(self, state: State) -> dict[str, Any]:
+        """Return what the inner rule sends."""
+        inner = getattr(self.rule, "broadcast", None)
+        return inner(state["rule"]) if inner else {}
+
+    def check(self, num_participants: int) -> None:
+        """Refuse nothing: the inner rule sees one update of any number."""
+
+    def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
+        """Return the inner rule's step (D,) on the private mean; ε after this round is a metric."""
+        population = state["num_clients"]
+        expected = max(1, math.floor(self.fraction * population + 0.5))  # qN, as the run counts it
+        rows = cohort.rows
+        factors = clip_factors(row_norms(rows), self.max_norm)  # (K,)
+        scale = self.noise_multiplier * self.max_norm / expected
+        drawn = cohort.rng("privacy").standard_normal(rows.shape[1])  # (D,)
+        private = combine(factors / expected, rows) + scale * torch.from_numpy(drawn).to(rows)  # (D,)
+        delta, kept, metrics = self.rule(_alone(cohort, private), state["rule"])
+        known = {name: value for name, value in metrics.items() if not (isinstance(value, Tensor) and value.dim())}
+        own: Metrics = {"clipped_fraction": (factors < 1).double().mean(), "noise_std": scale}
+        if self.accountant is not None:
+            own["epsilon"] = self.accountant(
+                noise_multiplier=self.noise_multiplier, sampling=expected / population, num_rounds=max(1, cohort.round)
+            )
+        return delta, {**state, "rule": kept}, {**known, **own}
+
+
+def _alone(cohort: Cohort, update: Tensor) -> Cohort:
+    """Return a cohort of one update, of which nothing else is any client's."""
+    one = replace(cohort, updates=None, extras={}).take(torch.zeros(1, dtype=torch.int64, device=cohort.clients.device))
+    return replace(
+        one, updates=update[None], clients=torch.zeros_like(one.clients), weights=torch.ones_like(one.weights),
+        num_steps=torch.ones_like(one.num_steps),
+    )  # fmt: skip
