@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fedsim.layout import Layout, Params
+from fedsim.linalg import combine, square_norms
 from fedsim.rng import generator
 
 State = dict[str, Any]
@@ -69,7 +69,7 @@ class Cohort:
         """Return the cohort of some rows: an int64 index tensor or a bool mask (K,)."""
         return replace(
             self,
-            updates=None if self.updates is None else self.updates[rows],
+            updates=None if self.updates is None else self.updates[rows.to(self.updates.device)],
             extras={name: value[rows] for name, value in self.extras.items()},
             **{
                 name: getattr(self, name)[rows] for name in ("weights", "clients", "num_steps", "staleness", "received")
@@ -146,7 +146,7 @@ class LinearRule:
             return self.finish(*cohort.streamed, state)
         updates = cohort.rows
         coefficients = self.coefficients(cohort, state).to(updates.dtype)  # (K,)
-        mean = (coefficients @ updates) / coefficients.sum()  # (D,)
+        mean = combine(coefficients, updates) / coefficients.sum()  # (D,)
         kept = {name: value for name, value in cohort.extras.items() if name not in self.reduced_extras}
         reduced = {name: cohort.extras[name].mean(0) for name in self.reduced_extras if name in cohort.extras}
         sums = Sums(replace(cohort, updates=None, extras=kept), coefficients, row_square_norms(updates), reduced)
@@ -155,10 +155,7 @@ class LinearRule:
 
 def row_square_norms(updates: Tensor) -> Tensor:
     """Return ‖Δ_k‖² (K,) of a (K, D) matrix."""
-    if updates.device.type == "cpu" and len(updates):
-        return torch.stack([torch.dot(row, row) for row in updates])  # vecdot writes all products first
-    norms: Tensor = torch.linalg.vecdot(updates, updates)
-    return norms
+    return square_norms(updates)
 
 
 class Batch(NamedTuple):

@@ -176,7 +176,7 @@ class Evaluator:
         rows = cohort.rows
         local, everywhere = [], []
         for k, client in enumerate(cohort.clients.tolist()):
-            w = cohort.models[int(cohort.received[k])] + rows[k]  # (D,)
+            w = cohort.models[int(cohort.received[k])] + rows[k].to(weights.device)  # (D,)
             mine = self._put(self.task.partition.of(client))
             local.append(predict(self.task, w, mine, buffers=buffers).loss.double().mean())
             everywhere.append(predict(self.task, w, self.pool, buffers=buffers).loss.double().mean())

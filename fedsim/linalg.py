@@ -1,7 +1,10 @@
 """What rules share on a (K, D) matrix of updates: Gram matrices, combinations of rows, distances.
 
 Spectral and distance rules need the rows' inner products alone, so they read the matrix twice (Gram, then
-combination) whatever they do in between on K×K numbers. Sums run over fixed column blocks in a fixed order.
+combination) whatever they do in between on K×K numbers. Sums run over fixed column blocks in a fixed order, so the
+matrix may lie in the host's memory where its device has no room for it: see `fedsim.place`. A rule that goes through
+these functions alone then works as it is; what they return is on the device (`beside`), matrices of updates are where
+the given ones are.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fedsim.place import beside, blocks, elsewhere
 
 BLOCK = 1 << 16
 """Columns that one matrix product sums in the updates' own precision; blocks are added up in float64."""
@@ -50,12 +55,13 @@ def gram(updates: Tensor, origin: Tensor | None = None) -> Tensor:
 
 
 def _gram(updates: Tensor, dtype: torch.dtype | None = None, origin: Tensor | None = None) -> Tensor:
-    total = updates.new_zeros(len(updates), len(updates), dtype=torch.float64)  # (K, K)
-    with full_precision(updates.device):
-        for first, part in zip(range(0, updates.shape[1], BLOCK), torch.split(updates, BLOCK, dim=1), strict=False):
+    home = beside(updates)
+    total = home.new_zeros(len(updates), len(updates), dtype=torch.float64)  # (K, K)
+    with full_precision(home.device):
+        for columns, part in blocks(updates, BLOCK):
             block = part.to(dtype or part.dtype)
             if origin is not None:  # a block at a time: all the differences are another matrix
-                block = block - origin[first : first + BLOCK]
+                block = block - origin[columns]
             total += (block @ block.T).double()
     return total
 
@@ -67,8 +73,51 @@ def grams(updates: Tensor, columns: Sequence[slice]) -> Tensor:
 
 def combine(coefficients: Tensor, updates: Tensor) -> Tensor:
     """Return Σ_k a_k x_k (D,) of coefficients a (K,) and updates (K, D), in the updates' precision."""
-    with full_precision(updates.device):
-        return coefficients.to(updates) @ updates  # (D,)
+    home = beside(updates)
+    a = coefficients.to(home)  # (K,)
+    with full_precision(home.device):
+        if not elsewhere():
+            return a @ updates  # (D,)
+        total = home.new_empty(updates.shape[1])  # (D,)
+        for columns, block in blocks(updates, BLOCK):
+            total[columns] = a @ block
+        return total
+
+
+def against(updates: Tensor, vectors: Tensor) -> Tensor:
+    """Return X V (K, r) of updates X (K, D) and vectors V (D, r), or X v (K,) of v (D,), in the updates' precision."""
+    home = beside(updates)
+    with full_precision(home.device):
+        if not elsewhere():
+            return updates @ vectors  # (K, r)
+        total = home.new_zeros(len(updates), *vectors.shape[1:])  # (K, r)
+        for columns, block in blocks(updates, BLOCK):
+            total += block @ vectors[columns].to(block)
+        return total
+
+
+def map_columns(updates: Tensor, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """Return the matrix (M, D) that a function makes of updates (K, D), column by column.
+
+    Args:
+        updates: (K, D).
+        function: from a block (K, d) and its columns to (M, d).
+
+    Returns:
+        (M, D), where the updates are.
+
+    """
+    if not elsewhere():
+        return function(updates, slice(0, updates.shape[1]))  # (M, D)
+    result = updates.new_empty(0)
+    for columns, block in blocks(updates, BLOCK):
+        part = function(block, columns)  # (M, d)
+        if not len(result):
+            result = torch.empty(
+                len(part), updates.shape[1], dtype=part.dtype, device=updates.device, pin_memory=updates.is_pinned()
+            )  # (M, D)
+        result[:, columns] = part
+    return result
 
 
 def mean_of(weights: Tensor, updates: Tensor) -> Tensor:
@@ -103,6 +152,11 @@ def _distances(inner: Tensor) -> tuple[Tensor, Tensor]:
     return distances.fill_diagonal_(0), trusted
 
 
+def largest_entry(updates: Tensor) -> Tensor:
+    """Return the largest magnitude () of updates (K, D)."""
+    return torch.stack([block.abs().amax() for _, block in blocks(updates, BLOCK)]).amax()
+
+
 def reduce_columns(updates: Tensor, reduce: Callable[[Tensor], Tensor], rows: Tensor | slice = slice(None)) -> Tensor:
     """Apply a function of order statistics to every column of some rows of updates (K, D).
 
@@ -117,7 +171,11 @@ def reduce_columns(updates: Tensor, reduce: Callable[[Tensor], Tensor], rows: Te
         (D,).
 
     """
-    result = updates.new_empty(updates.shape[1])  # (D,)
+    result = beside(updates).new_empty(updates.shape[1])  # (D,)
+    if elsewhere():
+        for columns, block in blocks(updates, SORT_BLOCK):
+            result[columns] = reduce(_sorted(block[rows]))
+        return result
 
     def fill(first: int) -> None:
         block = updates[:, first : first + SORT_BLOCK]
@@ -178,13 +236,19 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 def row_norms(updates: Tensor) -> Tensor:
     """Return ‖x_k‖ (K,) in float64 of updates (K, D), whose squares may overflow or underflow their precision."""
-    squares = _square_norms(updates).double()  # (K,)
+    squares = square_norms(updates).double()  # (K,)
     for row in torch.nonzero(~(torch.isfinite(squares) & (squares > 1e-24))).flatten().tolist():
-        squares[row] = updates[row].double().square().sum()
+        squares[row] = sum(block.double().square().sum() for _, block in blocks(updates[row : row + 1], BLOCK))
     return squares.sqrt()
 
 
-def _square_norms(updates: Tensor) -> Tensor:
+def square_norms(updates: Tensor) -> Tensor:
+    """Return ‖x_k‖² (K,) of updates (K, D) in their own precision."""
+    if elsewhere():
+        total = beside(updates).new_zeros(len(updates))  # (K,)
+        for _, block in blocks(updates, BLOCK):
+            total += torch.linalg.vecdot(block, block)
+        return total
     if updates.device.type == "cpu" and len(updates):
         return torch.stack([torch.dot(row, row) for row in updates])  # (K,) vecdot writes all products first
     squares: Tensor = torch.linalg.vecdot(updates, updates)  # (K,)
@@ -196,9 +260,9 @@ def finite_rows(updates: Tensor) -> Tensor:
 
     Row norms answer for all but overflowing rows: `isfinite` of the matrix costs three Gram products.
     """
-    finite = torch.isfinite(_square_norms(updates))  # (K,)
+    finite = torch.isfinite(square_norms(updates))  # (K,)
     for row in torch.nonzero(~finite).flatten().tolist():
-        finite[row] = torch.isfinite(updates[row]).all()
+        finite[row] = all(bool(torch.isfinite(block).all()) for _, block in blocks(updates[row : row + 1], BLOCK))
     return finite
 
 

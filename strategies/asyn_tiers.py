@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
-from fedsim.linalg import mean_of
+from fedsim.linalg import beside, map_columns, mean_of
 from fedsim.strategies.staleness import since_received, version
 
 
@@ -46,14 +46,16 @@ class AsynTiers:
 
     def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
         """Return the step (D,) to the mean of the tiers' models; the number of tiers is a metric."""
-        newest = version(cohort, cohort.round - 1) if cohort.models else cohort.rows.new_zeros(cohort.rows.shape[1])
-        towards = cohort.rows - since_received(cohort)  # (K, D) each client's model less the server's
+        zero = beside(cohort.rows).new_zeros(cohort.layout.size)  # (D,)
+        newest = version(cohort, cohort.round - 1) if cohort.models else zero
+        # (K, D) each client's model less the server's
+        towards = map_columns(cohort.rows, lambda block, at: block - since_received(cohort, block, at))
         tier_of = [bisect_left(self.bounds, age) for age in cohort.staleness.tolist()]
         models = {name: model.to(newest) for name, model in state["models"].items()}
         counts = dict(state["counts"])
         for tier in sorted(set(tier_of)):
             rows = cohort.staleness.new_tensor([k for k, own in enumerate(tier_of) if own == tier])
-            models[str(tier)] = newest + mean_of(cohort.weights[rows], towards[rows])  # (D,)
+            models[str(tier)] = newest + mean_of(cohort.weights[rows], towards[rows.to(towards.device)])  # (D,)
             counts[str(tier)] = counts.get(str(tier), 0) + 1
         known = sorted(models, key=int)
         total = sum(counts.values())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
+from fedsim.linalg import beside
 from fedsim.strategies.preaggregation import PreAggregator, mixed
 
 
@@ -57,7 +58,7 @@ class Bucketing(PreAggregator):
         drawn = np.empty(len(cohort), dtype=np.int64)
         drawn[order] = np.arange(len(cohort)) // self.bucket_size
         _, first = np.unique(drawn, return_index=True)
-        return torch.from_numpy(first.argsort().argsort()[drawn]).to(cohort.rows.device)
+        return torch.from_numpy(first.argsort().argsort()[drawn]).to(beside(cohort.rows).device)
 
 
 def _averaged(cohort: Cohort, bucket: Tensor) -> Cohort:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
-from fedsim.linalg import mean_around_median, reduce_columns, square_distances
+from fedsim.linalg import beside, mean_around_median, reduce_columns, square_distances
 from fedsim.strategies.krum import krum_order, krum_scores
 
 
@@ -67,7 +67,7 @@ class Bulyan:
             left = torch.cat([left[:best], left[best + 1 :]])
         selected = torch.ones(count, dtype=torch.bool)
         selected[left] = False
-        selected = selected.to(cohort.rows.device)  # (K,)
+        selected = selected.to(beside(cohort.rows).device)  # (K,)
         kept = count - 4 * f
         delta = reduce_columns(cohort.rows, lambda x: mean_around_median(x, kept), selected)  # (D,)
         return delta, state, {"selected": selected}

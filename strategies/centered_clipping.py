@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
-from fedsim.linalg import combine, gram, middle, reduce_columns
+from fedsim.linalg import beside, combine, gram, middle, reduce_columns
 
 STARTS = ("state", "median", "zero")
 
@@ -62,7 +62,7 @@ class CenteredClipping:
             away = (inner.diagonal() - 2 * cross + a @ cross).clamp_min(0).sqrt()  # (K,) ‖Δ_k − v‖
             factor = (self.radius / away.clamp_min(torch.finfo(away.dtype).tiny)).clamp_max(1)  # (K,)
             a = a * (1 - factor.mean()) + factor / len(cohort)
-        delta = combine(a, updates) + (1 - a.sum()).to(updates) * origin  # (D,)
+        delta = combine(a, updates) + (1 - a.sum()).to(origin) * origin  # (D,)
         memory = {"previous": delta} if self.start == "state" else state
         return delta, memory, {"clipped_fraction": (factor < 1).double().mean()}
 
@@ -71,5 +71,5 @@ class CenteredClipping:
             return reduce_columns(cohort.rows, middle)
         if self.start == "state":
             previous: Tensor = state["previous"]
-            return previous.to(cohort.rows)
-        return torch.zeros_like(cohort.rows[0])
+            return previous.to(beside(cohort.rows))
+        return beside(cohort.rows).new_zeros(cohort.layout.size)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
-from fedsim.linalg import combine, gram, proportions
+from fedsim.linalg import beside, combine, gram, proportions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class DnC:
         """Return the mean (D,) of those kept; who they are is a metric."""
         updates, count = cohort.rows, len(cohort)
         rng = cohort.rng("dnc")
-        times_kept = torch.zeros(count, dtype=torch.int64, device=updates.device)
+        times_kept = torch.zeros(count, dtype=torch.int64, device=beside(updates).device)
         for _ in range(self.num_iterations):
             drawn = updates
             if self.subsample < updates.shape[1]:

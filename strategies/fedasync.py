@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
-from fedsim.linalg import combine, proportions
+from fedsim.linalg import combine, map_columns, proportions
 from fedsim.strategies.staleness import check_discount, discount, since_received
 
 
@@ -56,5 +56,6 @@ class FedAsync:
         """Return the step (D,); the mean mixing weight is a metric."""
         mixing = self.alpha * discount(self.discount, cohort.staleness, self.a, self.b)  # (K,)
         share = proportions(cohort.weights).to(mixing.device)  # (K,)
-        towards = cohort.rows - since_received(cohort)  # (K, D) each client's model less the server's
+        # (K, D) each client's model less the server's
+        towards = map_columns(cohort.rows, lambda block, at: block - since_received(cohort, block, at))
         return combine(share * mixing, towards), state, {"mixing_weight": (share * mixing).sum()}

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from fedsim.contracts import Cohort, Metrics
+from fedsim.linalg import map_columns
 from fedsim.strategies.preaggregation import PreAggregator
 from fedsim.strategies.staleness import since_received
 
@@ -38,5 +41,8 @@ class FirstOrder(PreAggregator):
         """Return the cohort with corrected stale updates."""
         if not bool((cohort.staleness > 0).any()):
             return cohort, {}
-        updates = cohort.rows - self.compensation * cohort.rows.square() * since_received(cohort)  # (K, D)
-        return replace(cohort, updates=updates), {}
+
+        def compensated(block: Tensor, columns: slice) -> Tensor:
+            return block - self.compensation * block.square() * since_received(cohort, block, columns)  # (K, d)
+
+        return replace(cohort, updates=map_columns(cohort.rows, compensated)), {}

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
-from fedsim.linalg import combine, full_precision, gram
+from fedsim.linalg import against, beside, combine, gram
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"combine": "clipped", "start": "equal", "released_pairs": False},
@@ -93,7 +93,7 @@ class Flag:
         rank = self.rank or (len(cohort) + 1) // 2
         basis, inverse = _embed(cosines)  # (q, K), (K, q)
         if not len(basis):
-            return torch.zeros_like(updates[0]), state, {"quality": torch.zeros_like(norms)}
+            return beside(updates).new_zeros(updates.shape[1]), state, {"quality": torch.zeros_like(norms)}
         projected = self._first_projections(updates, unit, rank)  # (r, K) Yᵀ ḡ of the subspace that weighs first
         for _ in range(self.irls_steps):
             scatter = self._weights(projected, cosines)  # (K, K)
@@ -137,9 +137,7 @@ class Flag:
         rng = torch.Generator().manual_seed(1)
         drawn = torch.rand(updates.shape[1], rank, generator=rng, dtype=torch.float32) - 0.5  # (D, r)
         start = torch.linalg.qr(drawn).Q.to(updates)  # (D, min(D, r))
-        with full_precision(updates.device):
-            projected: Tensor = (start.T @ updates.T).double() * unit  # (r, K)
-        return projected
+        return against(updates, start).T.double() * unit  # (r, K)
 
 
 def _embed(cosines: Tensor) -> tuple[Tensor, Tensor]:

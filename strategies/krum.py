@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
-from fedsim.linalg import combine, proportions, square_distances
+from fedsim.linalg import beside, combine, proportions, square_distances
 
 
 def krum_scores(distances: Tensor, num_byzantine: int) -> Tensor:
@@ -73,7 +73,8 @@ class Krum:
         best = krum_order(distances, scores)[0]
         selected = torch.zeros_like(scores, dtype=torch.bool)
         selected[best] = True
-        return cohort.rows[best].clone(), state, {"krum_score": scores, "selected": selected}
+        delta = cohort.rows[best].to(beside(cohort.rows), copy=True)  # (D,)
+        return delta, state, {"krum_score": scores, "selected": selected}
 
 
 @dataclass(frozen=True, kw_only=True)

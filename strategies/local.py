@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
+from fedsim.linalg import beside
 
 
 @dataclass(frozen=True)
@@ -32,4 +33,4 @@ class Local:
 
     def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
         """Return the step 0 (D,): what is shared against the rule's advice stays as it began."""
-        return cohort.rows.new_zeros(cohort.layout.size), state, {}
+        return beside(cohort.rows).new_zeros(cohort.layout.size), state, {}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, Rule, State
 from fedsim.layout import Layout
-from fedsim.linalg import full_precision
+from fedsim.linalg import beside, full_precision, map_columns
 from fedsim.strategies.fedavg import FedAvg
 
 
@@ -52,13 +52,13 @@ class PreAggregator:
 
 def scaled(cohort: Cohort, factor: Tensor) -> Cohort:
     """Return the cohort with row k times factor k (K,)."""
-    return replace(cohort, updates=cohort.rows * factor.to(cohort.rows)[:, None])
+    return replace(cohort, updates=map_columns(cohort.rows, lambda block, _: block * factor.to(block)[:, None]))
 
 
 def mixed(cohort: Cohort, matrix: Tensor) -> Tensor:
     """Return M X (M, D) of a matrix M (M, K) and the cohort's updates X (K, D)."""
-    with full_precision(cohort.rows.device):
-        return matrix.to(cohort.rows) @ cohort.rows
+    with full_precision(beside(cohort.rows).device):
+        return map_columns(cohort.rows, lambda block, _: matrix.to(block) @ block)
 
 
 def clip_factors(norms: Tensor, bound: float | Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, Rule, State
-from fedsim.linalg import combine, mean_of
+from fedsim.linalg import beside, combine, largest_entry, map_columns, mean_of
 from fedsim.strategies.fedld import FedLD
 from fedsim.strategies.wrapper import Wrapper
 
@@ -61,10 +61,10 @@ class RandomDirection(Wrapper):
     def _drawn(self, updates: Tensor, mean: Tensor, wanted: Tensor, rng: np.random.Generator) -> Tensor:
         """Return a random vector (d,) of the length of `wanted` (d,)."""
         count = len(updates) if self.space == "span" else updates.shape[1]
-        drawn = torch.from_numpy(rng.standard_normal(count)).to(updates)  # (K,) or (d,)
+        drawn = torch.from_numpy(rng.standard_normal(count)).to(beside(updates))  # (K,) or (d,)
         # Rows of a common scale: squares of huge or tiny updates would leave their precision.
-        size = updates.abs().amax().clamp_min(torch.finfo(updates.dtype).tiny)  # ()
-        v = combine(drawn, updates / size) if self.space == "span" else drawn  # (d,)
+        size = largest_entry(updates).clamp_min(torch.finfo(updates.dtype).tiny)  # ()
+        v = combine(drawn, map_columns(updates, lambda x, _: x / size)) if self.space == "span" else drawn  # (d,)
         if self.oriented:
             v = torch.where(v @ (mean / size) < 0, -v, v)
         norm = torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)  # ()

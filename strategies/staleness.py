@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fedsim.contracts import Cohort
+from fedsim.linalg import beside
 
 DISCOUNTS = ("constant", "hinge", "polynomial")
 
@@ -38,20 +39,28 @@ def check_discount(kind: str, a: float, b: float) -> None:
         raise ValueError(f"b must be >= 0 rounds, got {b}")
 
 
-def since_received(cohort: Cohort) -> Tensor:
-    """Return w − w_received (K, D): how far the model has moved since each client received it.
+def since_received(cohort: Cohort, block: Tensor, columns: slice) -> Tensor:
+    """Return w − w_received: how far the model has moved since each client received it.
+
+    Args:
+        cohort: with the versions received.
+        block: (K, d) of its updates, for dtype and device.
+        columns: which.
+
+    Returns:
+        (K, d).
 
     Raises:
         ValueError: a version that a client received is not there.
 
     """
-    moved = torch.zeros_like(cohort.rows)  # (K, D)
+    moved = torch.zeros_like(block)  # (K, d)
     stale = torch.nonzero(cohort.staleness > 0).flatten().tolist()
     if not stale:
         return moved
     newest = version(cohort, cohort.round - 1)  # (D,)
     for row in stale:
-        moved[row] = newest - version(cohort, int(cohort.received[row]))
+        moved[row] = newest[columns] - version(cohort, int(cohort.received[row]))[columns]
     return moved
 
 
@@ -59,4 +68,4 @@ def version(cohort: Cohort, number: int) -> Tensor:
     """Return the model (D,) of a version."""
     if number not in cohort.models:
         raise ValueError(f"version {number} of the model is not in the cohort; it has {sorted(cohort.models)}")
-    return cohort.models[number].to(cohort.rows)
+    return cohort.models[number].to(beside(cohort.rows))

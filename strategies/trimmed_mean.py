@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
-from fedsim.linalg import reduce_columns
+from fedsim.linalg import beside, reduce_columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,5 +57,5 @@ class TrimmedMean:
         count = len(cohort)
         trimmed = min(self.num_byzantine, (count - 1) // 2)
         kept = count - 2 * trimmed
-        share = cohort.rows.new_full((kept,), 1 / kept)  # (K − 2f,)
+        share = beside(cohort.rows).new_full((kept,), 1 / kept)  # (K − 2f,)
         return reduce_columns(cohort.rows, lambda x: x[:, trimmed : count - trimmed] @ share), state, {}

@@ -19,6 +19,7 @@ from fedsim.flower.records import METRICS, SERVER_ROUND, CohortReplies, TrainMes
 from fedsim.flower.replies import OnClientError, checked, config_of, only
 from fedsim.flower.runtime import Run
 from fedsim.layout import Layout
+from fedsim.linalg import map_columns
 
 Clients = npt.NDArray[np.int64]
 
@@ -176,7 +177,8 @@ def clipped(cohort: Cohort, max_norm: float) -> Cohort:
     norms = row_square_norms(cohort.rows).sqrt()  # (K,)
     factors = (max_norm / norms).clamp(max=1.0)  # (K,); a zero row gives inf, clamped to 1
     bits = (factors < 1).to(norms.dtype)  # (K,)
-    return replace(cohort, updates=cohort.rows * factors[:, None], extras={**cohort.extras, runtime.NORM_BIT: bits})
+    cut = map_columns(cohort.rows, lambda block, _: block * factors[:, None])  # (K, D)
+    return replace(cohort, updates=cut, extras={**cohort.extras, runtime.NORM_BIT: bits})
 
 
 def _batches(messages: Iterable[Message]) -> list[tuple[list[Message], dict[str, Any]]]:

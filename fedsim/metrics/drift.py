@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Streamed, row_square_norms
 from fedsim.layout import Layout
+from fedsim.linalg import against, combine
 from fedsim.metrics.classification import Figures
 
 _SMALLEST = 2.0**-104  # drift ratio (2^-52)²: below it what is left of a mean that cancels is its rounding
@@ -36,12 +37,12 @@ def drift_of_rows(cohort: Cohort, previous: Tensor | None = None, *, cosines: bo
 
     """
     rows = cohort.rows  # (K, D)
-    mean = _normalised(cohort.weights).to(rows.dtype) @ rows  # (D,)
+    mean = combine(_normalised(cohort.weights), rows)  # (D,)
     square_norms = row_square_norms(rows)  # (K,)
     figures = _drift(square_norms, cohort.weights, mean, previous)
     if cosines:
         norms = figures["update_norm"] * figures["mean_norm"]  # (K,)
-        cosine = _ratio((rows @ mean).double(), norms).clamp(-1, 1)  # (K,)
+        cosine = _ratio(against(rows, mean).double(), norms).clamp(-1, 1)  # (K,)
         figures |= {"cosine": cosine, "cosine_mean": cosine.mean()}
     return figures
 
@@ -74,7 +75,7 @@ def drift_ratio_by_layer(cohort: Cohort, layout: Layout) -> Figures:
     figures = {}
     for name, columns in layout.slices.items():
         rows = cohort.rows[:, columns]  # (K, d)
-        figures[f"drift_ratio_{name}"] = _drift(row_square_norms(rows), p, p @ rows, None)["drift_ratio"]
+        figures[f"drift_ratio_{name}"] = _drift(row_square_norms(rows), p, combine(p, rows), None)["drift_ratio"]
     return figures
 
 
