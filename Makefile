@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint types clean
+.PHONY: run test gpu lint types clean
 
 run: $(VENV)/.installed
 	$(BIN)/fedsim run strategy=fedld
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=2 $(BIN)/pytest -q
+
+# The checks and benchmarks of an accelerator; without one they run small on the CPU. Writes gpu.json and docs/gpu.md.
+gpu: $(VENV)/.installed-dev
+	$(BIN)/pytest -q tests/test_gpu.py tests/test_precision.py
+	$(BIN)/python -m benchmarks gpu --json gpu.json
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -26,9 +26,10 @@ ALL = {
     "B7": "benchmarks.strategies:b7",
     "overhead": "benchmarks.training:overhead",
     "auto": "benchmarks.auto:auto",
+    "gpu": "benchmarks.gpu:gpu",
 }
 
-ON_REQUEST = {"auto"}  # minutes, and no figure of the tables
+ON_REQUEST = ("auto", "gpu")  # minutes, and no figure of the tables
 
 
 def main() -> None:
