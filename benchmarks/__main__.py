@@ -24,6 +24,7 @@ ALL = {
     "B4": "benchmarks.training:b4",
     "B5": "benchmarks.aggregation:b5",
     "B7": "benchmarks.strategies:b7",
+    "B8": "benchmarks.crossover:b8",
     "overhead": "benchmarks.training:overhead",
     "auto": "benchmarks.auto:auto",
     "gpu": "benchmarks.gpu:gpu",

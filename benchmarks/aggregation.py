@@ -10,13 +10,17 @@ spectral or distance rule has to do. A ratio rule/limit is the limit's time over
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks import harness
+from benchmarks.peer import Peer, PeerError
 from fedsim.contracts import Cohort
 from fedsim.errors import UserError
 from fedsim.strategies.trimmed_mean import TrimmedMean
@@ -26,6 +30,15 @@ from fedsim.testing import build_rule, cohort_of, strategy_names
 BYZFL_SECONDS = {
     "fedavg": 0.06, "median": 5.6, "trimmed_mean": 3.2, "meamed": 13.2, "nnm": 44.1, "multi_krum": 1.9,
     "geometric_median": 2.9,
+}  # fmt: skip
+# What other frameworks have. Their rules differ in details (ByzFL's Krum counts one neighbour more, its NNM returns the
+# mixed rows where ours goes on to the trimmed mean), never in what has to be read.
+PEERS = {
+    "byzfl": (
+        "fedavg", "median", "trimmed_mean", "meamed", "krum", "multi_krum", "geometric_median", "centered_clipping",
+        "nnm", "arc",
+    ),
+    "flower": ("fedavg", "median", "trimmed_mean", "krum", "multi_krum", "bulyan"),
 }  # fmt: skip
 SHARE_BYZANTINE = 5  # one client in five
 # Tensors of a small convolutional network, as shares of D: spectra are taken tensor by tensor.
@@ -52,9 +65,40 @@ def b5(options: harness.Options) -> dict[str, Any]:
                 f"{1e3 * reference / part['figures'][name]['median_ms']:.0f} ×"
                 for name, reference in BYZFL_SECONDS.items()
             ]
+    _peers(result, options)
     if not options.large:
         result["left_out"]["D = 1.1e7"] = "needs --large"
     return result
+
+
+def _peers(result: dict[str, Any], options: harness.Options) -> None:
+    """Add ByzFL and Flower's NumPy at K = 50, D = 1e6: each rule in turn with ours, one process at a time."""
+    if options.peers is None:
+        result["left_out"] |= dict.fromkeys(PEERS, "needs --peers DIR")
+        return
+    cohort = draw(50, 10**6)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "rows.npy")
+        np.save(file, cohort.rows.numpy())
+        for peer, rules in PEERS.items():
+            for name in rules:
+                side = f"{peer}_{name}"
+                try:
+                    theirs = Peer(options, peer, "rules_b5.py", str(file), peer, name, str(50 // SHARE_BYZANTINE))
+                except PeerError as error:
+                    result["left_out"][side] = str(error)[-300:]
+                    continue
+                try:
+                    sides = {name: rule_side(name, cohort), side: theirs}
+                    part = harness.compare(sides, [(name, side)], options, warm=0, least=3, most=5, budget=10.0)
+                except PeerError as error:
+                    result["left_out"][side] = str(error)[-300:]
+                else:
+                    result["ratios"] |= part["ratios"]
+                    result["figures"][side] = part["figures"][side]
+                    result["seconds"][side] = part["seconds"][side]
+                finally:
+                    theirs.close()
 
 
 def measure(names: Iterable[str], count: int, size: int, options: harness.Options, **arguments: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +18,11 @@ from fedsim.engine.task import Job, Task
 from fedsim.layout import Layout
 from fedsim.local import Int64, LocalTraining, Schedule, schedule
 from fedsim.models.cnn import cnn
+from fedsim.models.lenet import lenet
 from fedsim.models.logreg import logreg
 from fedsim.models.mlp import mlp
 from fedsim.models.parameters import initialise
+from fedsim.models.resnet import resnet8, resnet18
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +137,20 @@ def b4(samples: int = 50) -> Workload:
     x, y = _noise(100 * samples, (784,), 10)
     module = initialise(lambda: mlp((784,), 10, hidden=(200,)), 0)
     return Workload("B4", module, x, y, _equal(100, samples), LocalTraining(lr=0.1, batch_size=10), 100)
+
+
+def b8(model: str) -> Workload:
+    """Return B8 crossover: cohort 10 of 20 images 3×32×32, batch 10, with a model of `MODELS`."""
+    x, y = _noise(200, (3, 32, 32), 10)
+    factory = MODELS[model]
+    module = initialise(lambda: factory((3, 32, 32), 10), 0)
+    return Workload(f"B8 {model}", module, x, y, _equal(10, 20), LocalTraining(lr=0.01, batch_size=10), 10)
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "logreg": logreg, "mlp": mlp, "lenet": lenet, "cnn": cnn, "resnet8": resnet8, "resnet18": resnet18,
+}  # fmt: skip
+"""Ascending in compute per client."""
 
 
 def overhead() -> Workload:

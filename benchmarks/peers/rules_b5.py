@@ -1,0 +1,63 @@
+"""B5 in ByzFL or with Flower's NumPy: one rule on a saved matrix of updates.
+
+    rules_b5.py ROWS.npy byzfl|flower RULE F
+
+ByzFL's package imports torchvision and more, so only its aggregators are loaded; it gets PyTorch tensors, which is
+its fast way. Flower gets what its strategies hand on: a list of (arrays, number of samples).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import types
+
+import numpy as np
+import protocol
+
+path, framework, name, f = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+rows = np.load(path)  # (K, D)
+
+
+def byzfl():
+    """Return a rule of ByzFL, applied."""
+    import torch
+
+    package = types.ModuleType("byzfl")
+    found = importlib.util.find_spec("byzfl")  # the folder; the package itself is not imported
+    package.__path__ = list(found.submodule_search_locations)
+    sys.modules["byzfl"] = package
+    aggregators = importlib.import_module("byzfl.aggregators")
+    rule = {
+        "fedavg": lambda: aggregators.Average(),
+        "median": lambda: aggregators.Median(),
+        "trimmed_mean": lambda: aggregators.TrMean(f=f),
+        "meamed": lambda: aggregators.Meamed(f=f),
+        "krum": lambda: aggregators.Krum(f=f),
+        "multi_krum": lambda: aggregators.MultiKrum(f=f),
+        "geometric_median": lambda: aggregators.GeometricMedian(),
+        "centered_clipping": lambda: aggregators.CenteredClipping(),
+        "nnm": lambda: aggregators.NNM(f=f),
+        "arc": lambda: aggregators.ARC(f=f),
+    }[name]()
+    updates = torch.from_numpy(rows)
+    # Clipping and ARC write into what they are given.
+    return lambda: rule(updates.clone() if name == "arc" else updates).numpy()
+
+
+def flower():
+    """Return a rule of Flower, applied."""
+    rules = importlib.import_module("flwr.server.strategy.aggregate")
+    results = [([row], 1) for row in rows]
+    return {
+        "fedavg": lambda: rules.aggregate(results)[0],
+        "median": lambda: rules.aggregate_median(results)[0],
+        "trimmed_mean": lambda: rules.aggregate_trimmed_avg(results, f / len(rows))[0],
+        "krum": lambda: rules.aggregate_krum(results, f, 0)[0],
+        "multi_krum": lambda: rules.aggregate_krum(results, f, len(rows) - f)[0],
+        "bulyan": lambda: rules.aggregate_bulyan(results, f, rules.aggregate_krum, to_keep=0)[0],
+    }[name]
+
+
+protocol.serve({"byzfl": byzfl, "flower": flower}[framework](), framework if framework == "byzfl" else "flwr", "numpy")
