@@ -28,7 +28,7 @@ from fedsim.models.parameters import initialise
 AGAINST = ("tight_loop", "hand_loop", "limit")
 ENGINES = ("sequential", "vectorized", "auto")
 TOLERANCE = 1e-3  # relative, of mean updates in float32; sides differ by 2e-5
-ROUNDED = 0.1  # the same with products in bfloat16; 1e-2 on B1
+ROUNDED = 0.5  # the same with products in bfloat16, over random labels, where clients' updates hardly agree
 
 
 def b1(options: harness.Options) -> dict[str, Any]:
