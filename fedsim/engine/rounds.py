@@ -15,7 +15,8 @@ from torch import Tensor
 from fedsim.contracts import Cohort, Streamed, Sums
 from fedsim.engine.blocks import concatenate, merge, select
 from fedsim.engine.halving import Change, Halving
-from fedsim.engine.task import Block, Engine, Job
+from fedsim.engine.hosted import Hosted
+from fedsim.engine.task import Block, Engine, Job, num_steps, room
 from fedsim.engine.workers import WorkersLost
 from fedsim.errors import ClientError, UserError
 from fedsim.linalg import finite_rows
@@ -56,14 +57,15 @@ class Trainer:
         on_client_error: "raise" `ClientError` if an objective raises, or "drop" the client it raised for.
         block: rows of a streamed block, ≥ 1; None: `block_rows` of the engine.
         changes: the plan's, which halved chunks are added to.
+        hosted: holds updates in the host's memory; None: they lie on the device.
 
     """
 
     def __init__(
         self, engine: Engine, on_bad_update: str = "drop", on_client_error: str = "raise", *, block: int | None = None,
-        changes: list[Change] | None = None,
+        changes: list[Change] | None = None, hosted: Hosted | None = None,
     ) -> None:  # fmt: skip
-        self.engine, self.task = engine, engine.task
+        self.engine, self.task, self.hosted = engine, engine.task, hosted
         self.on_bad_update, self.on_client_error = on_bad_update, on_client_error
         self.bad: list[int] = []  # clients of the last job whose rows were not finite
         self.failures: dict[int, str] = {}  # client of the last job that raised → what
@@ -97,6 +99,8 @@ class Trainer:
         return self.halving.attempt(job.round, lambda: self._collect(job))
 
     def _collect(self, job: Job) -> tuple[Cohort, Tensor]:
+        if self.hosted is not None:
+            return self.hosted.collect(self, job)
         self.bad, self.failures = [], {}
         trained = self._train(job, self.buffer(len(job)))
         if trained is not None:
@@ -155,7 +159,12 @@ class Trainer:
         total = torch.zeros(self.task.shared.size, dtype=self.task.dtype, device=self.task.device)
         weight = torch.zeros((), dtype=torch.float64, device=self.task.device)
         folded: dict[int, tuple[Cohort, Tensor, Tensor, Block]] = {}  # by position
-        for number, trained in self._blocks([job.part(k, min(k + size, len(job))) for k in range(0, len(job), size)]):
+        summed = self._summed(job, coefficients, total)
+        if summed is not None:
+            folded[0] = summed
+            weight += summed[2].double().sum()
+        parts = [job.part(k, min(k + size, len(job))) for k in range(0, 0 if summed else len(job), size)]
+        for number, trained in self._blocks(parts):
             if trained is None:
                 continue
             part, block, out = trained
@@ -170,14 +179,46 @@ class Trainer:
             folded[number] = (cohort, norm, c, kept)
         if not any(len(cohort) for cohort, *_ in folded.values()):
             raise self._none_left(job)
-        parts, norms, shares, buffers = zip(*(folded[number] for number in sorted(folded)), strict=True)
-        cohort = concatenate(list(parts))
+        cohorts, norms, shares, buffers = zip(*(folded[number] for number in sorted(folded)), strict=True)
+        cohort = concatenate(list(cohorts))
         means = {name: cohort.extras[name].mean(0) for name in reduced if name in cohort.extras}
         extras = {name: value for name, value in cohort.extras.items() if name not in reduced}
         cohort = replace(cohort, extras=extras)
         mean = total / weight.to(total.dtype)
         streamed = Streamed(mean, Sums(cohort, torch.cat(shares), torch.cat(norms), means))
         return replace(cohort, streamed=streamed), self._buffers(job, merge(list(buffers), stored=True))
+
+    def _summed(
+        self, job: Job, coefficients: Callable[[Cohort], Tensor], total: Tensor
+    ) -> tuple[Cohort, Tensor, Tensor, Block] | None:
+        """Let the engine add c_k Δ_k of finite rows to a total (D,) as they end; None where that cannot be.
+
+        The coefficients must be known beforehand. Where a client fails, blocks find out who it is.
+        """
+        train_sum = getattr(self.engine, "train_sum", None)
+        if train_sum is None:
+            return None
+        ahead = room(self.task, job, num_steps(self.task, job))
+        ahead.extras.clear()
+        try:
+            c = coefficients(replace(self._cohort(job, ahead, total), updates=None))  # (K,)
+        except KeyError:  # they hang on what clients will send
+            return None
+        started = time.perf_counter()
+        try:
+            block = train_sum(job, c, total)
+        except (torch.OutOfMemoryError, UserError):
+            raise
+        except Exception:
+            total.zero_()
+            return None
+        finally:
+            self.seconds += time.perf_counter() - started
+        good, kept = self._judge(job, block)
+        cohort, norms = replace(self._cohort(job, block, total), updates=None), block.square_norms
+        if good is None:
+            return cohort, norms, c, kept
+        return cohort.take(good), norms[good], c[good], kept
 
     def _blocks(self, parts: list[Job]) -> Iterator[tuple[int, Trained | None]]:
         """Train blocks; yield (position, what `_train` returns) in an order that hangs on the blocks alone."""

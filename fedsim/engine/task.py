@@ -125,7 +125,9 @@ class Block(NamedTuple):
 class Engine(Protocol):
     """Trains rows. Everything above it (streaming, dropped rows, client state) is shared by all engines.
 
-    Optional, found by name: `chunk`, rows trained at once, an int that may be set between two jobs.
+    Optional, found by name:
+        chunk                                    rows trained at once, an int that may be set between two jobs
+        train_sum(job, c (K,), total (D,)) -> Block        adds Σ c_k Δ_k of finite rows to total, and holds no row
     """
 
     task: Task
@@ -147,9 +149,19 @@ def local_round(task: Task, job: Job, number: int, phase: Phase | None) -> Sched
     order = schedule(
         task.training, task.samples_of(phase), job.clients, seed=task.seed, round=job.key, phase=(number, phase)
     )
-    if job.work is None:
-        return order
-    return order._replace(num_steps=np.ceil(job.work * order.num_steps - 1e-9).astype(np.int64))
+    return order._replace(num_steps=_worked(job, order.num_steps))
+
+
+def num_steps(task: Task, job: Job) -> Int64:
+    """Return the local steps of a job's rows over all phases (K,), without laying them out."""
+    sizes = [task.samples_of(phase).sizes[job.clients] for phase in task.phases]
+    each = [_worked(job, task.training.num_steps(s, p)) for s, p in zip(sizes, task.phases, strict=True)]
+    total: Int64 = np.sum(each, axis=0)
+    return total
+
+
+def _worked(job: Job, steps: Int64) -> Int64:
+    return steps if job.work is None else np.ceil(job.work * steps - 1e-9).astype(np.int64)
 
 
 def row_keys(task: Task, job: Job) -> Tensor:
