@@ -19,7 +19,7 @@ from fedsim.errors import UserError
 
 # Blocks of a full cohort: enough that a few workers end at about the same time, few enough that what a block costs
 # beside its rows does not count. Batched rows are cheaper together, so there are fewer blocks of them.
-NUM_BLOCKS = {"sequential": 16, "vectorized": 8}
+NUM_BLOCKS, NUM_BATCHED_BLOCKS = 16, 8
 BLOCK_ENTRIES = 1 << 22  # of a block's updates on a CPU, as in a stream of one process
 
 
@@ -54,7 +54,7 @@ class Crew:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"engine.{name} must be an integer >= 1, got {value!r}")
-        if self.inner not in ("auto", *NUM_BLOCKS):
+        if self.inner not in ("auto", "sequential", "vectorized"):
             raise ValueError(f"engine.inner must be auto, sequential or vectorized, got {self.inner!r}")
         if self.inner == "auto" and self.inner_arguments:
             raise ValueError(f"engine.inner_arguments {dict(self.inner_arguments)} need engine.inner to name an engine")
@@ -78,7 +78,7 @@ class Crew:
         inner.close()
         arguments = dict(inner.plan)
         kind = arguments.pop("engine")
-        block = self.block or _block(task, kind, cohort, arguments.get("chunk"))
+        block = self.block or _block(task, cohort, arguments.get("chunk"))
         setup = Setup({"name": kind, **arguments}, dict(inner.plan), block, self.worker_threads, numerics())
         bare = replace(task, store=ClientStore(1, task.store.first))
         plan = {
@@ -131,9 +131,16 @@ class Crew:
         return names
 
 
-def _block(task: Task, kind: str, cohort: int, chunk: int | None) -> int:
-    """Return the rows of a block by the fixed table: a matter of cohort, parameters, engine and kind of device."""
-    rows = -(-cohort // NUM_BLOCKS[kind])
+def _block(task: Task, cohort: int, chunk: int | None) -> int:
+    """Return the rows of a block by the fixed table: a matter of cohort, parameters, engine and kind of device.
+
+    Args:
+        task: what all rounds share.
+        cohort: clients a round.
+        chunk: rows that a worker's engine trains as one batch; None: it trains them one by one.
+
+    """
+    rows = -(-cohort // (NUM_BATCHED_BLOCKS if chunk else NUM_BLOCKS))
     if task.device.type == "cpu":
         rows = min(rows, BLOCK_ENTRIES // max(1, task.shared.size))
     return max(1, min(rows, chunk or rows))

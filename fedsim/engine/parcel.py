@@ -132,6 +132,8 @@ def to_bytes(value: Tensor) -> Bytes:
 def from_bytes(sent: Bytes) -> Tensor:
     """Return the tensor of `to_bytes`, over the same memory: read-only by agreement."""
     text, shape, dtype = sent
+    if not text.size:
+        return torch.empty(shape, dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch knows no read-only tensors, an object store gives no other arrays
         return torch.from_numpy(text).view(dtype).view(shape)

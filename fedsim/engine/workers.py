@@ -121,7 +121,7 @@ class Distributed:
         self.task, self.pool, self.plan, self.workers = task, pool, plan, workers
         self.block_rows: int | None = plan["block"]
         # Rows of a block where fewer would take less memory, as in `Vectorized`: halved where it runs out.
-        self.chunk: int | None = plan["block"] if plan["inner"] == "vectorized" else None
+        self.chunk: int | None = plan["block"] if "chunk" in plan["inner_arguments"] else None
         self.warnings: list[str] = []  # since somebody took them
         self._waiting: deque[_Order] = deque()
         self._idle: list[int] = []
