@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsim.place import beside, blocks, elsewhere
+from fedsim.place import beside as beside
+from fedsim.place import blocks, elsewhere
 
 BLOCK = 1 << 16
 """Columns that one matrix product sums in the updates' own precision; blocks are added up in float64."""

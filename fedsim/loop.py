@@ -17,6 +17,7 @@ from fedsim.backend import EngineBackend
 from fedsim.console import Observer
 from fedsim.contracts import Cohort, LinearRule, Metrics, State
 from fedsim.dispatch import Dispatcher
+from fedsim.engine.hosted import Hosted
 from fedsim.engine.rounds import AllUpdatesBad, Trainer
 from fedsim.errors import UserError
 from fedsim.evaluation import ClientFigures, Evaluator, with_evaluation
@@ -26,6 +27,7 @@ from fedsim.flower.grid import SimulationGrid
 from fedsim.flower.state import capture, initial_parts, restore
 from fedsim.flower.strategy import RuleStrategy, aggregate
 from fedsim.metrics.records import ClientLog, RoundLog, write_json
+from fedsim.place import Place, blockwise
 from fedsim.shards import all_stores
 from fedsim.stopping import Stopping
 
@@ -91,7 +93,7 @@ class Loop:
             self.uplink.aggregate = lambda cohort: rule(cohort, self.strategy.state)[0]
         trainer = Trainer(
             self.experiment.engine, settings.on_bad_update, settings.on_client_error, block=plan["block_rows"],
-            changes=plan["changes"],
+            changes=plan["changes"], hosted=Hosted(self.task) if plan["updates"]["on"] == "host" else None,
         )  # fmt: skip
         trainer.halving.told = self._halved
         return EngineBackend(
@@ -120,6 +122,11 @@ class Loop:
 
     def step(self, round: int) -> None:
         """Do one round."""
+        held = self.plan["updates"]
+        with blockwise(Place(self.task.device, held["block_bytes"]) if held["on"] == "host" else None):
+            self._step(round)
+
+    def _step(self, round: int) -> None:
         started = time.perf_counter()
         self.backend.cohort, buffers = None, self.backend.buffers
         arrivals = self.dispatcher.next(round, self.weights, self._broadcast)

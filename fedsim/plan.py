@@ -59,6 +59,7 @@ def planned(experiment: Experiment, config: Mapping[str, Any], saved: Mapping[st
         **experiment.plan,
         "rows": f"held: {why}" if why else "streamed",
         "block_rows": saved["block_rows"] if saved else block_rows(experiment.engine),
+        "updates": saved["updates"] if saved else _updates(experiment, why),
         "device": torch.cuda.get_device_name(task.device) if task.device.type == "cuda" else task.device.type,
         "threads": torch.get_num_threads(),
         "dtype": run.dtype,
@@ -161,6 +162,24 @@ def _tuning_samples(experiment: Experiment) -> int:
     sizes = np.where(splits.held_out, splits.test.sizes // 2, splits.train.sizes)  # (K,)
     batch = np.minimum(sizes, experiment.task.training.batch_size or sizes.max())
     return 3 * experiment.evaluation.finetune_steps * int(batch.sum())
+
+
+def _updates(experiment: Experiment, why: str | None) -> dict[str, Any]:
+    """Say where the matrix of updates lies, and of how many bytes a step of a rule may be where it is on the host.
+
+    It is there where it would take more than half of the device's memory, which training needs too. Attacks,
+    compressors and rules that train read it whole; they leave it on the device.
+    """
+    task, run, rule = experiment.task, experiment.settings, experiment.strategy
+    bound = run.device_memory
+    if bound is None and task.device.type == "cuda":
+        bound = torch.cuda.mem_get_info(task.device)[1]
+    size = experiment.num_participants * task.shared.size * task.dtype.itemsize
+    whole = why is None or experiment.foreign is not None or "mimic" in getattr(rule, "needs", ())
+    whole |= experiment.uplink is not None and experiment.uplink.needs_rows is not None
+    if whole or bound is None or 2 * size <= bound:
+        return {"on": "device"}
+    return {"on": "host", "block_bytes": bound // 8}
 
 
 def _needs_rows(experiment: Experiment, evaluation: Evaluation) -> str | None:

@@ -52,6 +52,7 @@ class Run:
     buffers: Literal["average", "server", "client"]
     on_bad_update: Literal["drop", "raise"]
     on_client_error: Literal["raise", "drop"]
+    device_memory: int | None  # bytes of the device that updates may count on, ≥ 1; None: all of an accelerator's
     client_state_bytes: int  # of all clients' state up to which it is held in memory, ≥ 0
     replicas: int  # ≥ 1 runs side by side, with the seeds seed, seed + 1, …
     resume: str | None  # run folder to go on with
@@ -67,7 +68,8 @@ class Run:
         _check(known is not None, "device", "auto, cpu, cuda, cuda:N or mps", self.device)
         _check(self.threads is None or self.threads >= 1, "threads", ">= 1, or null for all cores", self.threads)
         _check(self.replicas >= 1, "replicas", ">= 1, runs with the seeds seed, seed + 1, …", self.replicas)
-        state = self.client_state_bytes
+        memory, state = self.device_memory, self.client_state_bytes
+        _check(memory is None or memory >= 1, "device_memory", ">= 1 byte, or null for all that it has", memory)
         _check(state >= 0, "client_state_bytes", ">= 0, beyond which clients' state is kept in a file", state)
         target = self.target_accuracy
         _check(target is None or 0 < target <= 1, "target_accuracy", "in (0, 1], or null for none", target)

@@ -87,7 +87,7 @@ def test_the_engine_is_made_from_the_plan(run, monkeypatch):
     result = run(*BLOBS, "engine=auto", num_rounds=2)
     plan = plan_of(result)
     assert plan["engine"] == "vectorized"
-    plan["engine_arguments"]["chunk"] = 3
+    plan["engine_arguments"] |= {"chunk": 3, "kernels": "generic"}
     (result.folder / "plan.json").write_text(json.dumps({**plan, "block_rows": 5, "threads": 1}))
     seen = []
     real = vectorized.Vectorized.train
@@ -216,7 +216,7 @@ def test_numbers_sent_with_a_version_stay_with_it(tmp_path, monkeypatch):
         return real(self, server_round, arrays, {"note": float(server_round)}, grid)
 
     monkeypatch.setattr(RuleStrategy, "configure_train", numbered)
-    overrides = [*BLOBS, "mode=fixed_delay", "mode.delay=2", "devices=tiers", "num_rounds=5"]
+    overrides = [*BLOBS, "mode=fixed_delay", "mode.delay=2", "devices=tiers", "strategy=median", "num_rounds=5"]
     loop = Loop(build(compose(overrides)), tmp_path, Observer())
     jobs, train = [], loop.experiment.engine.train
     loop.experiment.engine.train = lambda job, out: jobs.append(job) or train(job, out)
