@@ -13,6 +13,7 @@ from fedsim.clients.fedprox import FedProx
 from fedsim.clients.margin import Margin
 from fedsim.contracts import Partition, Phase
 from fedsim.engine.auto import make_engine
+from fedsim.engine.captured import Captured
 from fedsim.engine.rounds import Trainer
 from fedsim.engine.sequential import Sequential
 from fedsim.engine.store import ClientStore
@@ -106,10 +107,16 @@ def train(engine, job, size):
     return out, engine.train(job, out)
 
 
+def batched(task, kernels, chunk=4):
+    if kernels == "captured":
+        return Captured(task, threads=2)
+    return Vectorized(task, kernels=kernels, chunk=chunk, threads=2)
+
+
 def compare(make_objective, name="mlp", training=None, kernels="auto", tolerance=1e-9, rounds=1, chunk=4, **changes):
     """Train on both engines and compare everything that rows leave."""
     results = []
-    for kind in (Sequential, lambda task: Vectorized(task, kernels=kernels, chunk=chunk, threads=2)):
+    for kind in (Sequential, lambda task: batched(task, kernels, chunk)):
         task, weights = make_task(name, make_objective(), training, **changes)
         trainer = Trainer(kind(task))
         for number in range(1, rounds + 1):
@@ -130,21 +137,21 @@ def compare(make_objective, name="mlp", training=None, kernels="auto", tolerance
         torch.testing.assert_close(kept[key], also[key], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("kernels", ["fused", "generic"])
+@pytest.mark.parametrize("kernels", ["fused", "generic", "captured"])
 @pytest.mark.parametrize("training", TRAININGS)
 def test_every_optimiser_takes_the_clients_own_steps(training, kernels):
     # 1e-9: promise 3 between engine families in float64
     compare(CrossEntropy, training=TRAININGS[training], kernels=kernels)
 
 
-@pytest.mark.parametrize("kernels", ["fused", "generic"])
+@pytest.mark.parametrize("kernels", ["fused", "generic", "captured"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_trains_as_alone(name, kernels):
     compare(CrossEntropy, name, kernels=kernels)
     compare(CrossEntropy, name, TRAININGS["momentum"], kernels=kernels)
 
 
-@pytest.mark.parametrize("kernels", ["fused", "generic"])
+@pytest.mark.parametrize("kernels", ["fused", "generic", "captured"])
 @pytest.mark.parametrize("training", ["sgd", "decay", "momentum", "adamw"])
 @pytest.mark.parametrize(
     "objective", [lambda: Margin(margin_lambda=0.3), lambda: FedProx(proximal_mu=0.4)], ids=["margin", "fedprox"]
@@ -157,7 +164,7 @@ def test_float32_agrees_to_its_own_digits():
     compare(CrossEntropy, tolerance=1e-4, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("kernels", ["fused", "generic"])
+@pytest.mark.parametrize("kernels", ["fused", "generic", "captured"])
 def test_frozen_and_local_parameters(kernels):
     compare(CrossEntropy, kernels=kernels, trainable=["head"], rounds=2)
     compare(CrossEntropy, kernels=kernels, local="head", rounds=2)
@@ -175,17 +182,17 @@ class Idle(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("kernels", ["fused", "generic"])
+@pytest.mark.parametrize("kernels", ["fused", "generic", "captured"])
 def test_pull_and_decay_reach_what_they_should_and_nothing_else(kernels):
     prox = lambda: FedProx(proximal_mu=0.5)  # noqa: E731
     compare(prox, kernels=kernels, local="head", rounds=2)  # nothing pulls a personal head
     compare(prox, training=TRAININGS["decay"], kernels=kernels, module=Idle(), rounds=2)  # decay reaches the idle layer
 
 
-@pytest.mark.parametrize("kernels", ["fused", "generic"])
+@pytest.mark.parametrize("kernels", ["fused", "generic", "captured"])
 def test_versions_may_come_with_their_own_proximal_strength(kernels):
     results = []
-    for kind in (Sequential, lambda task: Vectorized(task, kernels=kernels, threads=2)):
+    for kind in (Sequential, lambda task: batched(task, kernels)):
         task, weights = make_task(objective=FedProx())
         received, models = np.array([0, 1, 0, 1, 1, 0]), {0: weights, 1: 1.2 * weights}
         sent = {0: {"proximal_mu": 0.1}, 1: {"proximal_mu": 0.9}}

@@ -1,0 +1,271 @@
+"""A step is recorded once and then runs without Python, with the same numbers."""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fedsim.clients.cross_entropy import CrossEntropy
+from fedsim.contracts import Partition
+from fedsim.engine.auto import make_engine
+from fedsim.engine.captured import Captured
+from fedsim.engine.native import alone
+from fedsim.engine.record import NotRecordable, record
+from fedsim.engine.rounds import Trainer
+from fedsim.engine.sequential import Sequential
+from fedsim.engine.store import ClientStore
+from fedsim.engine.task import Job, Task
+from fedsim.layout import Layout
+from fedsim.local import LocalTraining
+
+SIZES = np.array([7, 1, 40, 13, 4, 4, 9, 22, 3, 17, 5, 30])
+N = int(SIZES.sum())
+RNG = torch.Generator().manual_seed(0)
+X = torch.randn(N, 8, generator=RNG, dtype=torch.float64)
+Y = torch.randint(0, 5, (N,), generator=RNG)
+
+
+def mlp():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5)).double()
+
+
+def make_task(module=None, objective=None, x=X, **training):
+    module = copy.deepcopy(module or mlp())
+    shared = Layout.of(dict(module.named_parameters()))
+    settings = {"lr": 0.1, "batch_size": 20, "local_epochs": 2, **training}
+    return Task(
+        module=module, shared=shared, local=Layout((), ()), buffers=Layout((), ()),
+        objective=objective or CrossEntropy(),
+        training=LocalTraining(**settings), x=x, y=Y, store=ClientStore(len(SIZES), {}),
+        partition=Partition(np.random.default_rng(0).permutation(N), np.concatenate([[0], np.cumsum(SIZES)])),
+    )  # fmt: skip
+
+
+def make_job(task, number=1, **changes):
+    own = dict(task.module.named_parameters())
+    start = task.shared.join({name: own[name].detach().clone() for name in task.shared.names})
+    clients = np.arange(len(SIZES))
+    settings = {"clients": clients, "received": np.zeros(len(clients), dtype=np.int64), "models": {0: start}}
+    settings |= {"broadcasts": {}, "buffers": start[:0], "state": {}, "round": number, "key": number, "lr": 0.1}
+    return Job(**settings | changes)
+
+
+def trained(engine, job):
+    out = torch.empty(len(job), engine.task.shared.size, dtype=torch.float64)
+    return out, engine.train(job, out)
+
+
+@pytest.fixture
+def capture():
+    opened = []
+
+    def make(task, threads=2):
+        opened.append(Captured(task, threads=threads))
+        return opened[-1]
+
+    yield make
+    for engine in opened:
+        engine.close()
+
+
+@pytest.mark.parametrize("batch_size", [20, 16, None])
+@pytest.mark.parametrize("extra", [{}, {"momentum": 0.9}, {"clip_norm": 0.1, "weight_decay": 0.1}], ids=str)
+def test_batches_that_are_padded_to_a_size_with_a_program_train_as_they_are(capture, batch_size, extra):
+    arguments = {"batch_size": batch_size, **extra}
+    job = make_job(task := make_task(**arguments))
+    one, left = trained(Sequential(task), job)
+    other, also = trained(capture(make_task(**arguments)), job)
+    torch.testing.assert_close(other, one, rtol=0, atol=1e-12)
+    torch.testing.assert_close(also.extras["train_loss"], left.extras["train_loss"], rtol=1e-12, atol=0)
+    assert torch.equal(also.num_steps, left.num_steps)
+    torch.testing.assert_close(also.square_norms, one.square().sum(1))
+
+
+def test_few_sizes_have_programs(capture):
+    engine = capture(make_task(batch_size=40))
+    trained(engine, make_job(engine.task))
+    sizes = {size for size, _, _ in engine._programs} - {2}  # the proof's
+    assert sizes <= {5, 10, 15, 20, 25, 30, 35, 40}
+
+
+def test_bits_hang_on_neither_threads_nor_calls_nor_neighbours(capture):
+    job = make_job(make_task())
+    engine = capture(make_task(), threads=1)
+    first = trained(engine, job)[0]
+    for _ in range(4):  # an optimising executor would change its products after a call or two
+        assert torch.equal(trained(engine, job)[0], first)
+    assert torch.equal(trained(capture(make_task(), threads=3), job)[0], first)
+    some = np.array([2, 7, 9])
+    assert torch.equal(trained(engine, job.take(some))[0], first[some])
+
+
+def test_rows_summed_as_they_end_are_the_weighted_sum_of_the_rows(capture):
+    engine, job = capture(make_task()), make_job(make_task())
+    rows, left = trained(engine, job)
+    c = torch.rand(len(job), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    total = torch.ones(engine.task.shared.size, dtype=torch.float64)
+    block = engine.train_sum(job, c, total)
+    torch.testing.assert_close(total, 1 + c @ rows, rtol=0, atol=1e-12)
+    torch.testing.assert_close(block.square_norms, left.square_norms)
+    again = torch.ones_like(total)
+    capture(make_task(), threads=3).train_sum(job, c, again)
+    assert torch.equal(again, total)
+
+
+def test_a_row_that_is_not_finite_is_in_no_sum(capture):
+    task = make_task(x=X.clone())
+    bad = task.partition.of(4)
+    task.x[bad] = float("nan")
+    job = make_job(task)
+    total = torch.zeros(task.shared.size, dtype=torch.float64)
+    engine = capture(task)
+    trainer = Trainer(engine)
+    cohort, _ = trainer.stream(job, lambda cohort: cohort.weights)
+    assert trainer.bad == [4]
+    assert 4 not in cohort.clients.tolist()
+    good = np.delete(np.arange(len(SIZES)), 4)
+    rows = trained(engine, job.take(good))[0]
+    weights = torch.from_numpy(SIZES[good] / SIZES[good].sum())
+    torch.testing.assert_close(cohort.streamed.mean, weights @ rows, rtol=0, atol=1e-12)
+    engine.train_sum(job, torch.zeros(len(job), dtype=torch.float64), total)
+    assert torch.equal(total, torch.zeros_like(total))
+
+
+def test_a_stream_that_is_summed_natively_is_the_one_in_blocks(capture):
+    job = make_job(make_task())
+    seen = []
+
+    def ahead(cohort):
+        seen.append("train_loss" in cohort.extras)
+        return cohort.weights * cohort.num_steps
+
+    def after(cohort):
+        return cohort.weights * cohort.num_steps + 0 * cohort.extras["train_loss"]
+
+    one, _ = Trainer(capture(make_task())).stream(job, ahead)
+    other, _ = Trainer(capture(make_task())).stream(job, after)
+    assert seen == [False]
+    torch.testing.assert_close(one.streamed.mean, other.streamed.mean, rtol=0, atol=1e-12)
+    for name in ("clients", "weights", "num_steps"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+    assert torch.equal(one.extras["train_loss"], other.extras["train_loss"])
+
+
+class Asks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(x) if float(x.sum()) < 1e9 else x
+
+
+class Draws(Asks):
+    def forward(self, x):
+        return self.head(x + 0 * torch.rand_like(x))
+
+
+class Counts(Asks):
+    calls = 0
+
+    def forward(self, x):
+        Counts.calls += self.training
+        return self.head(x) * (1 + Counts.calls)
+
+
+@dataclass(frozen=True)
+class Own(CrossEntropy):
+    def direction(self, grads, params, context):
+        return grads, {}
+
+
+@pytest.mark.parametrize(
+    ("task", "why"),
+    [
+        (lambda: make_task(Asks().double()), "a tensor's value is asked for"),
+        (lambda: make_task(Draws().double()), "aten::rand_like draws from torch's global generator"),
+        (lambda: make_task(objective=Own()), "the objective is more than a criterion: direction"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_recorded_is_said_and_trained_otherwise(task, why):
+    with pytest.raises(ValueError, match=why):
+        Captured(task())
+    engine, _ = make_engine(task(), "auto", cohort=12, threads=1)
+    assert engine.plan.get("kernels") != "captured"
+    engine.close()
+
+
+def test_a_model_that_depends_on_more_than_its_inputs_is_found_out():
+    Counts.calls = 0
+    with pytest.raises(ValueError, match="more than its inputs"):
+        Captured(make_task(Counts().double()))
+
+
+def test_recording_writes_into_what_the_function_writes_into_and_reads_the_rest_as_it_is_then():
+    weight = torch.randn(3, 4)
+
+    def function(given):
+        a, b = given
+        b.mul_(2)
+        return (a @ weight + b).relu_().sum()
+
+    inputs = [torch.randn(2, 3), torch.randn(2, 4)]
+    program = alone(record(function, [t.clone() for t in inputs]))
+    other = [torch.randn(2, 3), torch.randn(2, 4)]
+    mine, theirs = [t.clone() for t in other], [t.clone() for t in other]
+    torch.testing.assert_close(program(mine), function(theirs))
+    torch.testing.assert_close(mine[1], theirs[1])
+
+
+def test_a_product_is_accumulated_in_place_unless_what_it_reads_has_moved_by_then():
+    def factorised(given):  # the second step reads the first factor as it was before its step
+        a, b, x = given
+        moved = [a.detach().requires_grad_(), b.detach().requires_grad_()]
+        with torch.enable_grad():
+            grads = torch.autograd.grad((x @ (moved[0] @ moved[1])).square().sum(), moved)
+        a.sub_(grads[0])
+        b.sub_(grads[1])
+        return a.sum()
+
+    def plain(given):
+        weight, x, g = given
+        weight.sub_((x.t() @ g).t().t())
+        return weight.sum()
+
+    examples = [torch.randn(4, 3), torch.randn(3, 5), torch.randn(2, 4)]
+    recorded = record(factorised, [t.clone() for t in examples])
+    mine, theirs = [t.clone() for t in examples], [t.clone() for t in examples]
+    alone(recorded)(mine)
+    factorised(theirs)
+    torch.testing.assert_close(mine, theirs)
+    assert "addmm_" in record(plain, [torch.randn(4, 5), torch.randn(2, 4), torch.randn(2, 5)]).body
+
+
+def test_nothing_is_recorded_of_a_result_that_is_a_constant():
+    with pytest.raises(NotRecordable, match="does not depend"):
+        record(lambda given: CONSTANT, [torch.randn(2)])
+
+
+CONSTANT = torch.ones(())
+
+
+def test_images_train_channels_last(capture):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(2, 3, 3, padding=1), nn.Linear(12, 5)
+
+        def forward(self, x):
+            return self.head(functional.max_pool2d(self.conv(x).relu(), 2).flatten(1))
+
+    torch.manual_seed(0)
+    net, x = Net().double(), torch.randn(N, 2, 4, 4, dtype=torch.float64)
+    job = make_job(task := make_task(net, x=x))
+    one, _ = trained(Sequential(task), job)
+    other, _ = trained(capture(make_task(net, x=x)), job)
+    torch.testing.assert_close(other, one, rtol=0, atol=1e-12)
