@@ -50,7 +50,8 @@ class Captured:
         self.task = task
         self.step = Step(task)
         self._programs: dict[tuple[int, bool, bool], Program] = {}
-        self._loops: dict[Any, Callable[..., None]] = {}
+        self._known: dict[bool, list[tuple[int, bool]]] = {}  # pulled → kinds of steps that the loop has
+        self._loops: dict[bool, Callable[..., None]] = {}
         self._prove()
         self._threads = threads or torch.get_num_threads()
         self._lanes: SimpleQueue[Lane] = SimpleQueue()
@@ -65,7 +66,7 @@ class Captured:
 
     def train(self, job: Job, out: Tensor) -> Block:
         """Train the rows of a job and write their updates w_k − w_received into out (K, D)."""
-        return self._run(job, out, None)
+        return self.begin(self.task, job, out)()
 
     def train_sum(self, job: Job, coefficients: Tensor, total: Tensor) -> Block:
         """Train the rows of a job and add Σ c_k Δ_k over finite rows to total (D,); no row is ever held.
@@ -79,10 +80,20 @@ class Captured:
             total: (D,), added to.
 
         """
-        return self._run(job, None, (coefficients.tolist(), total))
+        return self.begin(self.task, job, None, (coefficients.tolist(), total))()
 
-    def _run(self, job: Job, out: Tensor | None, summed: tuple[list[float], Tensor] | None) -> Block:
-        task = self.task
+    def begin(
+        self, task: Task, job: Job, out: Tensor | None, summed: tuple[list[float], Tensor] | None = None
+    ) -> Callable[[], Block]:
+        """Begin to train, and return what waits for the end.
+
+        Args:
+            task: this engine's, or one that differs from it in partition, seed and rates alone.
+            job: the rows.
+            out: (K, D) for the updates; None where they are summed.
+            summed: c_k of each row and the total (D,), added to.
+
+        """
         order = local_round(task, job, 0, task.phases[0])
         block = room(task, job, order.num_steps)
         versions = sorted(set(job.received.tolist()))
@@ -94,7 +105,7 @@ class Captured:
         state = [block.state[LOCAL + name] for name in task.local.names]
         parts = _blocks(len(job)) if summed else _shares(order.num_steps, 4 * self._threads)
         steps = Steps(task, job, order, np.concatenate(parts))
-        loop = self._loop(steps.kinds, pulled=pulled)
+        loop = self._loop(steps, pulled=pulled)
         sums = [torch.zeros_like(summed[1]) for _ in parts] if summed else []
         ends = np.cumsum([0, *map(len, parts)])
 
@@ -114,13 +125,17 @@ class Captured:
                 self._lanes.put(lane)
 
         waiting = [self._pool.submit(run, number) for number in range(len(parts))]
-        wait(waiting)  # all of them, failed or not: nobody may still write when rows are trained again
-        for future in waiting:
-            future.result()
-        if summed:
-            for part in sums:
-                summed[1].add_(part)
-        return block
+
+        def end() -> Block:
+            wait(waiting)  # all of them, failed or not: nobody may still write when rows are trained again
+            for future in waiting:
+                future.result()
+            if summed:
+                for part in sums:
+                    summed[1].add_(part)
+            return block
+
+        return end
 
     def _program(self, size: int, *, padded: bool, pulled: bool) -> Program:
         key = (size, padded, pulled)
@@ -131,12 +146,16 @@ class Captured:
             )
         return self._programs[key]
 
-    def _loop(self, kinds: list[tuple[int, bool]], *, pulled: bool) -> Callable[..., None]:
-        key = (tuple(kinds), pulled)
-        if key not in self._loops:
-            programs = [self._program(size, padded=padded, pulled=pulled) for size, padded in kinds]
-            self._loops[key] = compiled(programs, [padded for _, padded in kinds])
-        return self._loops[key]
+    def _loop(self, steps: Steps, *, pulled: bool) -> Callable[..., None]:
+        """Return the loop over all kinds of steps met so far, and number the steps by it: compiling takes 20 ms."""
+        known = self._known.setdefault(pulled, [])
+        new = [kind for kind in steps.kinds if kind not in known]
+        if new:
+            known += new
+            programs = [self._program(size, padded=padded, pulled=pulled) for size, padded in known]
+            self._loops[pulled] = compiled(programs, [padded for _, padded in known])
+        steps.program = np.array([known.index(kind) for kind in steps.kinds], dtype=np.int64)[steps.program]
+        return self._loops[pulled]
 
     def _prove(self) -> None:
         """Record a step of two samples, and hold it against the step itself on other samples and other weights."""
