@@ -8,19 +8,58 @@ array([0.375, 0.5  ])
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy.typing as npt
 from torch import Tensor
 
+from fedsim import laws as matrix_laws
 from fedsim.catalogue import options, roots
+from fedsim.checks import RUN_LAWS, Federation, check_runs
+from fedsim.checks import check_client as check_client
 from fedsim.contracts import Rule, State
 from fedsim.errors import UserError, did_you_mean
-from fedsim.laws import check_strategy as check_strategy
 from fedsim.laws import cohort_of as cohort_of
 from fedsim.linalg import finite_rows
 from fedsim.plugins import search_path
+
+
+def check_strategy(
+    rule: Any,
+    *,
+    client: Any = None,
+    laws: Collection[str] | None = None,
+    num_clients: int = 9,
+    settings: Sequence[str] = (),
+) -> None:
+    """Run the laws on a strategy; say which failed and what to do about it.
+
+    Those of a rule on a matrix (`fedsim.laws`), then those of runs (`check_client`): both engines agree, a run that
+    is cut off goes on to the bit, float32 follows float64, and a Flower deployment gives the same weights.
+
+    Args:
+        rule: a server rule, or the name of a choice, which brings its client along.
+        client: the objective that it goes with, or the name of a choice; None: the choice's own, else plain SGD.
+        laws: which to run, of both kinds; None: all that every rule keeps.
+        num_clients: K of the matrices drawn, large enough for the rule.
+        settings: of the runs, e.g. "client.batch_size=null".
+
+    Raises:
+        AssertionError: a law does not hold; the message names it and the cure.
+        ValueError: `laws` names one that there is not, or the rule needs more clients.
+
+    """
+    known = {*matrix_laws.LAWS, *RUN_LAWS}
+    for name in laws or ():
+        if name not in known:
+            raise ValueError(f"no law {name!r}{did_you_mean(name, known)}")
+    on_matrix = None if laws is None else [name for name in laws if name in matrix_laws.LAWS]
+    built = build_rule(rule) if isinstance(rule, str) else rule
+    matrix_laws.check_strategy(built, laws=on_matrix, num_clients=num_clients)
+    in_runs = [name for name in RUN_LAWS if laws is None or name in laws]
+    if in_runs:
+        check_runs(Federation(rule, client, settings), in_runs)
 
 
 def build_rule(name: str, **arguments: Any) -> Any:

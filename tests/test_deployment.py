@@ -46,6 +46,7 @@ class Loopback:
         self.port, *self.node_ports = free_ports(1 + NODES)
         self.environment = os.environ | {
             "FLWR_HOME": str(place / "home"), "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_LOG_LEVEL": "INFO",
             "FLWR_DISABLE_UPDATE_CHECK": "1", "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost",
             "PATH": f"{BIN}:{os.environ['PATH']}",
         }  # fmt: skip
@@ -94,6 +95,7 @@ class Loopback:
 
     def flwr_run(self, app, connection=("insecure = true",), config=""):
         self.configure(connection)
+        self.wait_for("link", "Uvicorn running")
         words = [str(BIN / "flwr"), "run", str(app), "local", "--stream", *(["--run-config", config] if config else [])]
         return subprocess.Popen(
             words, env=self.environment, cwd=self.place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -309,7 +311,7 @@ def test_a_node_that_is_killed_is_named_and_the_run_ends(loopback, tmp_path):
     try:
         end = time.monotonic() + 90
         while not rows_of(out):
-            assert process.poll() is None
+            assert process.poll() is None, process.communicate()[0] + loopback.said()
             assert time.monotonic() < end, loopback.said()
             time.sleep(0.2)
         loopback.kill("node1")
@@ -335,7 +337,7 @@ def test_with_tls_and_authentication_a_node_without_a_key_gets_nothing(tmp_path)
     try:
         app, out = exported(tmp_path / "app", *SMALL, "strategy=fedavg", "num_rounds=1"), tmp_path / "out"
         place.configure(connection)
-        place.wait_for("link", "startup complete")
+        place.wait_for("link", "Uvicorn running")
         words = [str(BIN / "flwr"), "supernode", "register", keys["node.pub"], "local"]
         done = subprocess.run(words, env=place.environment, cwd=place.place, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr + place.said()
