@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -60,6 +59,12 @@ class Recorder(Observer):
         self.plans.append(line)
 
 
+def last(words):
+    """Return words without those that a later one sets again, or leaves out with a tilde."""
+    names = [word.removeprefix("~").split("=")[0] for word in words]
+    return [w for k, w in enumerate(words) if names[k] not in names[k + 1 :] and not w.startswith("~")]
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Run with given settings in a new folder, without drawing: the picture has its own test."""
@@ -68,7 +73,7 @@ def run(tmp_path, monkeypatch):
 
     def go(*overrides, **given):
         given.setdefault("folder", tmp_path / f"run-{next(count)}")
-        return fedsim.simulate(*TINY, *overrides, **given)
+        return fedsim.simulate(*last((*TINY, *overrides)), **given)
 
     return go
 
@@ -117,7 +122,7 @@ class Chaos:
     def __init__(self, task, num_workers, rng, deadly=0.0):
         self.rooms = Rooms(lambda _, count: torch.full((count, task.shared.size), torch.nan, dtype=task.dtype))
         self.engine, self.rng, self.deadly = Sequential(task), rng, deadly
-        self.pending = {k: None for k in range(num_workers)}  # worker → what it does
+        self.pending = dict.fromkeys(range(num_workers))  # worker → what it does
         self.common, self.trained, self.closed = None, [], False
         self.most, self.deaths = 2, {}  # first client of a block → how many it has ended
 
@@ -259,7 +264,8 @@ def test_a_parcel_holds_each_array_once_and_gives_back_what_was_packed():
     assert back["models"][0] is not weights
     assert back["text"] == "x"
     for name in ("half", "flag", "number", "none"):
-        assert torch.equal(back[name], value[name]) and back[name].dtype == value[name].dtype
+        assert back[name].dtype == value[name].dtype
+        assert torch.equal(back[name], value[name])
         assert torch.equal(from_bytes(to_bytes(value[name])), value[name])
     assert torch.equal(back["models"][1], weights)
     np.testing.assert_array_equal(back["ids"], value["ids"])
@@ -300,7 +306,8 @@ def test_shared_tensors_are_one_memory_and_equal():
     assert torch.equal(shared, x)
     assert share(shared) is shared
     assert len(memory_of(shared)) == 80
-    assert memory_of(x) is None and memory_of(shared[1:]) is None
+    assert memory_of(x) is None
+    assert memory_of(shared[1:]) is None
     assert memory_of(Memory.new(0).tensor()) is not None
 
 
@@ -321,13 +328,6 @@ METHODS = {
 }  # fmt: skip
 
 
-def words_of(name):
-    """Return a method's words, and TINY without those that it sets or leaves out."""
-    words = METHODS[name]
-    gone = {w.removeprefix("~").split("=")[0] for w in words}
-    return [w for w in TINY if w.split("=")[0] not in gone] + [w for w in words if not w.startswith("~")]
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_every_engine_and_any_number_of_workers_gives_the_same_numbers(run, name, tmp_path, monkeypatch):
     monkeypatch.setattr(simulation, "draw", lambda *_, **__: None)
@@ -339,9 +339,204 @@ def test_every_engine_and_any_number_of_workers_gives_the_same_numbers(run, name
     models, files = {}, {}
     for engine, words in engines.items():
         folder = tmp_path / engine
-        fedsim.simulate(*words_of(name), *words, folder=folder)
+        fedsim.simulate(*last((*TINY, *METHODS[name], *words)), folder=folder)
         models[engine], files[engine] = load_file(folder / "model.safetensors"), contents(folder)
     for engine, model in models.items():
         for key, value in model.items():  # promise 3: float64 to 1e-9
             torch.testing.assert_close(value, models["sequential"][key], rtol=1e-9, atol=1e-9, msg=f"{engine} {key}")
     assert files["1 workers"] == files["2 workers"] == files["3 workers"]
+
+
+# Workers that die, fail, or outlive their run. Objectives stand in a module of the user's, for workers import them.
+
+OBJECTIVES = """
+import os, signal, time
+from dataclasses import dataclass
+from pathlib import Path
+import torch
+from fedsim.clients.cross_entropy import CrossEntropy
+
+@dataclass(frozen=True)
+class Deadly(CrossEntropy):
+    '''Ends its own process, once a file.'''
+    folder: str
+    times: int = 1
+
+    def criterion(self, logits, targets, weights):
+        for k in range(self.times):
+            try:
+                (Path(self.folder) / f"death-{k}").touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().criterion(logits, targets, weights)
+
+@dataclass(frozen=True)
+class Failing(CrossEntropy):
+    '''Raises for a client, known by the number of its samples.'''
+    num_samples: int
+    kind: str = "value"
+
+    def loss(self, model, params, batch, context):
+        if context.num_samples == self.num_samples:
+            if self.kind == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            raise ValueError("no such samples, please")
+        weights = torch.full((len(batch.y),), 1 / len(batch.y), dtype=torch.float64)
+        return self.criterion(model(params, batch.x), batch.y, weights), {}
+
+@dataclass(frozen=True)
+class Slow(CrossEntropy):
+    '''Leaves the number of its process in a folder, and takes its time.'''
+    folder: str
+
+    def criterion(self, logits, targets, weights):
+        (Path(self.folder) / str(os.getpid())).touch()
+        time.sleep(0.002)
+        return super().criterion(logits, targets, weights)
+"""
+PROCESSES = ("engine=processes", "engine.workers=2", "engine.block=2", "engine.inner=sequential")
+
+
+@pytest.fixture
+def importable(tmp_path, monkeypatch):
+    """A folder of the user's own with objectives in it, importable here and in workers."""
+    (tmp_path / "theirs.py").write_text(OBJECTIVES)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("theirs", None)
+
+
+def own(name, **arguments):
+    """Return the words of a client of the user's own."""
+    return (f"client._target_=theirs.{name}", *(f"+client.{n}={v}" for n, v in arguments.items()))
+
+
+def test_a_worker_that_is_killed_is_replaced_and_its_clients_train_again(run, importable):
+    words = (*own("Deadly", folder=importable), *PROCESSES)
+    observer = Recorder()
+    hurt = run(*words, observer=observer)
+    assert (importable / "death-0").exists()
+    assert len(observer.warnings) == 1
+    assert "round 1: worker" in observer.warnings[0]
+    assert "was killed by signal 9; was memory short?) and replaced; clients" in observer.warnings[0]
+    assert contents(hurt.folder) == contents(run(*words).folder)
+
+
+def test_a_client_that_kills_every_worker_is_named(run, importable):
+    with pytest.raises(RuntimeError, match=r"client \d+ failed in round 1: RuntimeError: 3 workers ended on clients"):
+        run(*own("Deadly", folder=importable, times=1000), *PROCESSES)
+
+
+def test_clients_errors_come_back_as_themselves(run, importable):
+    sizes = build(compose([*TINY, "engine=sequential"])).task.partition.sizes
+    unlucky = int(np.flatnonzero(np.bincount(sizes)[sizes] == 1)[0])  # a client whose number of samples is its own
+    words = (*own("Failing", num_samples=sizes[unlucky]), "fraction=1", "num_rounds=1")
+    with pytest.raises(RuntimeError, match=f"client {unlucky} failed in round 1: ValueError: no such samples, please"):
+        run(*words, *PROCESSES)
+    observer = Recorder()
+    dropped = run(*words, *PROCESSES, "on_client_error=drop", observer=observer)
+    assert f"client {unlucky} failed and is left out: ValueError: no such samples" in observer.warnings[0]
+    alone = run(*words, "engine=sequential", "on_client_error=drop")
+    assert dropped.rounds[0]["num_dropped"] == alone.rounds[0]["num_dropped"] == 1
+    for one, other in zip(*(load_file(r.folder / "model.safetensors").values() for r in (dropped, alone)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)  # sums of other blocks
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        run(*words, *PROCESSES, "+client.kind=memory", "on_client_error=drop")
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+COMMAND = "import sys; from fedsim.cli import main; sys.exit(main())"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_a_killed_run_takes_its_workers_along_and_goes_on_with_others(run, importable, tmp_path):
+    words = (*own("Slow", folder=tmp_path / "pids"), *PROCESSES, "num_rounds=8", "checkpoint.every=2")
+    (tmp_path / "pids").mkdir()
+    whole, folder = run(*words).folder, tmp_path / "cut"
+    for file in (tmp_path / "pids").iterdir():
+        file.unlink()
+    given = last((*TINY, *words, f"hydra.run.dir={folder}"))
+    child = subprocess.Popen([sys.executable, "-c", COMMAND, "run", *given], cwd=importable, stdout=subprocess.DEVNULL)
+    log = folder / "rounds.jsonl"
+    while child.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 3):
+        time.sleep(0.001)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    pids = [int(file.name) for file in (tmp_path / "pids").iterdir()]
+    assert len(pids) == 2
+    patience = time.monotonic() + 10
+    while any(map(alive, pids)) and time.monotonic() < patience:
+        time.sleep(0.01)
+    assert not any(map(alive, pids))
+    observer = Recorder()
+    simulation.resume(folder, ["engine.workers=3"], observer)
+    assert contents(folder) == contents(whole)
+    assert observer.warnings == []
+    assert "processes, 3 workers" in observer.plans[0]
+
+
+def test_devices_are_given_in_turn_and_change_nothing(run):
+    one = run(*PROCESSES)
+    two = run("engine=processes", "engine.devices=[cpu,cpu]", "engine.block=2", "engine.inner=sequential")
+    assert contents(one.folder) == contents(two.folder)
+    plan = json.loads((two.folder / "plan.json").read_text())
+    assert plan["workers"] == 2
+    assert plan["engine_arguments"] == {
+        "inner": "sequential", "inner_arguments": {"channels_last": False}, "block": 2, "worker_threads": 1,
+    }  # fmt: skip
+
+
+class Local(nn.Linear):
+    """A model that cannot be sent: it holds a function without a name."""
+
+    def __init__(self):
+        super().__init__(2, 5)
+        self.also = lambda x: x
+
+    def forward(self, x):
+        return super().forward(x.flatten(1)[:, :2])
+
+
+WRONG = {
+    "engine.workers=0": "engine.workers must be an integer >= 1, got 0",
+    "engine.block=0": "engine.block must be an integer >= 1, got 0",
+    "engine.worker_threads=0": "engine.worker_threads must be an integer >= 1, got 0",
+    "engine.inner=best": "engine.inner must be auto, sequential or vectorized, got 'best'",
+    "engine.devices=0": r"engine.devices must be a list such as \[0,1\] or \[cpu\], got 0",
+    "engine.devices=[77]": r"engine.devices: cuda:77 is not here; this machine has \d+ GPUs",
+    "engine.devices=[tpu]": "engine.devices: no device is called 'tpu'",
+    "engine.devices=[meta]": "engine.devices: meta is not of the run's kind, cpu",
+    "+engine.inner_arguments.chunk=3": "engine.inner_arguments {'chunk': 3} need engine.inner to name an engine",
+}
+
+
+@pytest.mark.parametrize("word", WRONG)
+def test_wrong_words_are_one_clear_line(word):
+    with pytest.raises(UserError, match=WRONG[word]):
+        build(compose([*TINY, "device=cpu", "engine=processes", word]))
+
+
+def test_a_model_that_cannot_be_sent_is_one_clear_line(run):
+    with pytest.raises(UserError, match=r"the model cannot be sent to workers \(.*lambda.*\); define it at the top"):
+        run("engine=processes", model=Local())
+
+
+def test_a_class_that_workers_cannot_import_is_one_clear_line(run):
+    with pytest.raises(RuntimeError, match=r"a worker cannot take the task \(.*\); its classes must stand in modules"):
+        run("engine=processes", client=Refusing())
+
+
+def test_the_table_of_blocks_knows_no_workers():
+    blocks = {}
+    for workers in (1, 3):
+        engine = build(compose([*TINY, "engine=processes", f"engine.workers={workers}"])).engine
+        blocks[workers] = dict(engine.plan)
+        assert engine.workers == workers
+    assert blocks[1] == blocks[3]

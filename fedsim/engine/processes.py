@@ -17,7 +17,7 @@ from fedsim.engine.parcel import Parcel, Spec, from_bytes, pack, specify, view
 from fedsim.engine.shared import Memory, memory_of
 from fedsim.engine.task import Block, Job
 from fedsim.engine.worker import Setup, Told
-from fedsim.engine.workers import Event, Place, Rooms, WorkersLost
+from fedsim.engine.workers import Event, Place, Rooms, WorkersLost, refused
 
 _PRELOADED = "fedsim.engine.worker"
 _GRACE = 5.0  # seconds in which a worker without work ends by itself
@@ -155,7 +155,7 @@ class Processes:
             return Event("ready", number)
         worker.busy = False
         if kind == "broken":
-            return Event("broken", number, WorkersLost(f"a worker cannot take the task: {content}"))
+            return Event("broken", number, refused(content))
         if kind == "done":
             assert worker.told is not None  # it answers what it was given
             content = self._block(*worker.told, *content)

@@ -19,7 +19,7 @@ import torch
 from fedsim.engine.parcel import Bytes, Parcel, from_bytes, pack, sendable, to_bytes, unpack
 from fedsim.engine.task import Block, Job, Task
 from fedsim.engine.worker import Runner, Setup
-from fedsim.engine.workers import Event, Place, Rooms, WorkersLost
+from fedsim.engine.workers import Event, Place, Rooms, WorkersLost, refused
 from fedsim.errors import UserError
 
 PATIENCE = 300.0  # seconds for which a cluster without a single worker of ours may find room for one
@@ -154,7 +154,7 @@ class Actors:
             self._ready.add(worker)
             self._starts[worker] = 0
         elif kind == "broken":
-            content = WorkersLost(f"engine=ray: an actor cannot take the task: {content}")
+            content = refused(content)
         elif kind == "done":
             content = self._block(*self._told[worker], content)
         return Event(kind, worker, content)

@@ -22,6 +22,13 @@ class WorkersLost(RuntimeError):
     """There is nobody left to train: workers cannot be started."""
 
 
+def refused(error: BaseException) -> WorkersLost:
+    """Say that a worker cannot be set up, and what mends it where that is known."""
+    missing = isinstance(error, ImportError | AttributeError)
+    hint = "; its classes must stand in modules that a worker can import" if missing else ""
+    return WorkersLost(f"a worker cannot take the task ({type(error).__name__}: {error}){hint}")
+
+
 class Place(NamedTuple):
     """Where the rows of a block go."""
 
