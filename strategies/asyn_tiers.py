@@ -54,8 +54,8 @@ class AsynTiers:
         models = {name: model.to(newest) for name, model in state["models"].items()}
         counts = dict(state["counts"])
         for tier in sorted(set(tier_of)):
-            rows = cohort.staleness.new_tensor([k for k, own in enumerate(tier_of) if own == tier])
-            models[str(tier)] = newest + mean_of(cohort.weights[rows], towards[rows.to(towards.device)])  # (D,)
+            mine = cohort.weights.new_tensor([own == tier for own in tier_of])  # (K,)
+            models[str(tier)] = newest + mean_of(mine * cohort.weights, towards)  # (D,)
             counts[str(tier)] = counts.get(str(tier), 0) + 1
         known = sorted(models, key=int)
         total = sum(counts.values())
