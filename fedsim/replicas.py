@@ -17,9 +17,7 @@ from fedsim.chorus import Chorus
 from fedsim.config import Config, compose, from_tree, parse, plain
 from fedsim.console import Observer
 from fedsim.data.kept import is_keeping, keeping
-from fedsim.engine.replicas import Meeting, why_apart
-from fedsim.engine.task import Engine
-from fedsim.engine.vectorized import Vectorized
+from fedsim.engine.replicas import Meeting, Together, why_apart
 from fedsim.errors import UserError
 from fedsim.experiment import Experiment
 from fedsim.folder import locked
@@ -64,7 +62,7 @@ def together(entrants: Sequence[Entrant], ended: Callable[[int, Outcome], None])
                 if isinstance(built, BaseException):
                     refused += [built] if isinstance(built, UserError) else []
                     ended(i, built)
-                elif isinstance(built.experiment.engine, Vectorized):
+                elif isinstance(built.experiment.engine, Together):
                     waiting[i] = built
                 else:
                     ended(i, _tried(partial(built.go, entrant.observer)))
@@ -89,20 +87,20 @@ def _meet(waiting: Mapping[int, Launch], entrants: Sequence[Entrant], ended: Cal
         return
     _rewind([built.folder for built in waiting.values() if built.saved is not None])
     meeting, leader = Meeting(), next(iter(waiting.values())).experiment
-    shared: dict[int, Engine] = {}
+    shared: set[int] = set()
     for i, built in waiting.items():
         why = _why_apart(leader, built.experiment)
         if why is None:
-            shared[i] = leader.engine
+            shared.add(i)
         else:
             entrants[i].observer.note(f"its clients train apart from the other runs': {why}")
     bodies = []
     for i, built in waiting.items():
         experiment = built.experiment
-        seat = meeting.seat(shared.get(i, experiment.engine), experiment.task)
+        engine: Any = leader.engine if i in shared else experiment.engine
         plan = {**experiment.plan, "replicas": len(shared) if i in shared else 1}
-        seated = replace(built, experiment=replace(experiment, engine=seat, plan=plan))
-        bodies.append(partial(_body, i, seated, entrants[i].observer, ended))
+        seated = replace(experiment, engine=meeting.seat(engine, experiment.task), plan=plan)
+        bodies.append(partial(_body, i, replace(built, experiment=seated), entrants[i].observer, ended))
     meeting.run(bodies)
 
 

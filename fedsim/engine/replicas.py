@@ -1,8 +1,9 @@
-"""Replicas: several runs of one shape, whose rows train as one batched program.
+"""Replicas: several runs of one shape, whose rows train as one program.
 
 Each run goes on in a thread of its own, of which one runs at a time, so that nothing depends on how threads are
-scheduled. A run that asks its engine to train waits; when all wait or have ended, the rows of those that are in the
-earliest round are trained together. A replica thus needs no other code than a run alone.
+scheduled, and a replica needs no other code than a run alone. A run that asks its engine to train waits. Rows of a
+batched program wait until all runs do; then those of the earliest round train together. Recorded steps, of which none
+knows who else trains, begin at once, beside whatever the other runs do in Python.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.engine.captured import Captured
 from fedsim.engine.laid import Laid, Plan, Target, lay_out
-from fedsim.engine.task import Block, Engine, Job, Task, room
+from fedsim.engine.task import Block, Job, Task, room
 from fedsim.engine.vectorized import Vectorized
 from fedsim.local import Int64, Schedule
 
@@ -27,13 +29,18 @@ PIECES = 4  # chunks on a CPU that the rows of small cohorts are shared out over
 FEWEST = 16  # rows of such a chunk: fewer would cost more in calls than they save
 
 
+Together = Vectorized | Captured
+"""Engines that several runs can share."""
+
+
 class Part(NamedTuple):
     """What one replica wants trained."""
 
     task: Task
     job: Job
-    out: Tensor  # (K, D)
-    chunk: int  # rows at once
+    out: Tensor | None  # (K, D); None where rows are summed
+    chunk: int = 1  # rows at once, of a batched program
+    summed: tuple[list[float], Tensor] | None = None  # c_k of each row and the total (D,)
 
 
 class Seat:
@@ -46,12 +53,15 @@ class Seat:
 
     """
 
-    def __init__(self, meeting: Meeting, engine: Engine, task: Task) -> None:
+    def __init__(self, meeting: Meeting, engine: Together, task: Task) -> None:
         self.engine, self.task, self._meeting = engine, task, meeting
         self.plan: Mapping[str, Any] = engine.plan
         self.block_rows = engine.block_rows
         self.chunk: int = getattr(engine, "chunk", 1)  # its own: halved where memory runs out
+        if isinstance(engine, Captured):
+            self.train_sum = self._train_sum
         self.part: Part | None = None  # waits to be trained
+        self.begun: Callable[[], Block] | None = None  # is being trained
         self.outcome: Block | BaseException | None = None
         self.error: BaseException | None = None  # that ended the replica
         self.done = False
@@ -59,7 +69,14 @@ class Seat:
 
     def train(self, job: Job, out: Tensor) -> Block:
         """Wait until the rows are trained."""
-        self.part = Part(self.task, job, out, self.chunk)
+        return self._trained(Part(self.task, job, out, self.chunk))
+
+    def _train_sum(self, job: Job, coefficients: Tensor, total: Tensor) -> Block:
+        """Wait until the rows are trained and summed."""
+        return self._trained(Part(self.task, job, None, summed=(coefficients.tolist(), total)))
+
+    def _trained(self, part: Part) -> Block:
+        self.part = part
         self._meeting.back.release()
         self.go.acquire()
         if self._meeting.stopped:
@@ -87,7 +104,7 @@ class Meeting:
         self.stopped = False
         self._running: Seat | None = None
 
-    def seat(self, engine: Engine, task: Task) -> Seat:
+    def seat(self, engine: Together, task: Task) -> Seat:
         """Return a further replica's engine."""
         self.seats.append(Seat(self, engine, task))
         return self.seats[-1]
@@ -102,10 +119,8 @@ class Meeting:
             thread.start()
         try:
             while not all(seat.done for seat in self.seats):
-                for seat in self.seats:
-                    if not seat.done and seat.part is None:
-                        self._let(seat)
-                self._train()
+                if not self._turn():
+                    self._train()
         finally:  # after an interrupt some still live: each unwinds in its turn, so that its files are whole
             self.stopped = True
             if self._running is not None:
@@ -119,6 +134,19 @@ class Meeting:
         for seat in self.seats:
             if seat.error is not None:
                 raise seat.error
+
+    def _turn(self) -> bool:
+        """Let each run go on that can, once; say if any could."""
+        ready = [seat for seat in self.seats if not seat.done and seat.part is None]
+        for seat in ready:
+            if seat.begun is not None:
+                begun, seat.begun = seat.begun, None
+                seat.outcome = _caught(begun)
+            self._let(seat)
+            if seat.part is not None and isinstance(seat.engine, Captured):
+                part, seat.part = seat.part, None
+                seat.begun = _begun(seat.engine, part)
+        return bool(ready)
 
     def _let(self, seat: Seat) -> None:
         self._running = seat
@@ -145,18 +173,35 @@ class Meeting:
         round = min(part.job.round for _, part in waiting)
         waiting = [(seat, part) for seat, part in waiting if part.job.round == round]
         for engine in {id(seat.engine): seat.engine for seat, _ in waiting}.values():
+            assert isinstance(engine, Vectorized)  # the others' parts do not wait
             mine = [(seat, part) for seat, part in waiting if seat.engine is engine]
             for (seat, _), outcome in zip(mine, outcomes(engine, [part for _, part in mine]), strict=True):
                 seat.outcome, seat.part = outcome, None
 
 
-def outcomes(engine: Engine, parts: Sequence[Part]) -> list[Block | BaseException]:
+def _begun(engine: Captured, part: Part) -> Callable[[], Block]:
+    try:
+        return engine.begin(part.task, part.job, part.out, part.summed)
+    except Exception as error:
+        failure = error
+
+    def fail() -> Block:
+        raise failure
+
+    return fail
+
+
+def _caught(end: Callable[[], Block]) -> Block | BaseException:
+    try:
+        return end()
+    except Exception as error:
+        return error
+
+
+def outcomes(engine: Vectorized, parts: Sequence[Part]) -> list[Block | BaseException]:
     """Train parts together; where that fails each by itself, so that a failure is of those it belongs to."""
     try:
-        if isinstance(engine, Vectorized):
-            return list(train_together(engine, parts))
-        if len(parts) == 1:
-            return [engine.train(parts[0].job, parts[0].out)]
+        return list(train_together(engine, parts))
     except Exception as error:
         if len(parts) == 1:
             return [error]
@@ -175,7 +220,7 @@ def train_together(engine: Vectorized, parts: Sequence[Part]) -> list[Block]:
         chosen = [parts[i] for i in mine]
         laid = [lay_out(part.task, part.job) for part in chosen]
         block = _joined([room(p.task, p.job, one.num_steps) for p, one in zip(chosen, laid, strict=True)])
-        job, target = _job([part.job for part in chosen]), Target([part.out for part in chosen])
+        job, target = _job([part.job for part in chosen]), Target([part.out for part in chosen if part.out is not None])
         size = min(part.chunk for part in chosen)
         chunks = chunks_of([one.num_steps for one in laid], size, on_cpu=engine.task.device.type == "cpu")
         trainings += engine.trainings(job, _laid(laid), chunks, target, block)
