@@ -88,7 +88,7 @@ class Plain(Observer):
             return
         self._spoke = now
         width = len(str(self._total))
-        parts = [f"round {number:>{width}}/{self._total}", *_scores(row)]
+        parts = [f"round {number:>{width}}/{self._total}", *scores(row)]
         if row.get("evaluated") is False:
             parts.append("(as last evaluated)")
         if self._done < number < self._total:
@@ -184,7 +184,7 @@ class Live(Observer):
             return
         number = int(row["round"])
         left = "" if number == self._progress.tasks[0].total else "left"
-        self._progress.update(self._task, completed=number, scores="  ".join(_scores(row)), left=left)
+        self._progress.update(self._task, completed=number, scores="  ".join(scores(row)), left=left)
 
     def note(self, line: str) -> None:
         """Print a note above the bar."""
@@ -228,7 +228,7 @@ def discard(stream: TextIO) -> None:
     os.close(null)
 
 
-def _scores(row: Row) -> list[str]:
+def scores(row: Row) -> list[str]:
     """Return accuracy and loss, where they are known, in a width that does not jump; of several runs ± `NAME_half`."""
     known = [(name, row[name], row.get(f"{name}_half")) for name in ("accuracy", "loss") if row.get(name) is not None]
     return [f"{name} {score(name, x) if half is None else interval(name, x, half)}" for name, x, half in known]

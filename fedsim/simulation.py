@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from safetensors.torch import save_file
@@ -29,12 +29,16 @@ from fedsim.local import Int64
 from fedsim.loop import Loop
 from fedsim.metrics.records import RoundLog, write_json
 from fedsim.metrics.skew import label_counts, skew
+from fedsim.notebook import default_observer
 from fedsim.objects import with_parts
 from fedsim.partition.picture import draw
 from fedsim.plan import departures, read_plan
 from fedsim.saved import amend, claim_run_dir, has_fixed_folder, load, run_dir_named
 from fedsim.summary import SHOWN, plan_line, summarised
 from fedsim.trackers import tracked
+
+if TYPE_CHECKING:
+    from fedsim.plots import Picture
 
 GROUPS = ("data", "partition", "model", "client", "training", "strategy", "sampler", "metrics", "attack", "compressor",
           "tracker", "mode")  # fmt: skip
@@ -53,6 +57,12 @@ class Result:
         """The rows of rounds.jsonl."""
         return RoundLog.read(self.folder / "rounds.jsonl")
 
+    def plot(self, *columns: str) -> Picture:
+        """Draw columns of `rounds` against rounds, by default accuracy and loss; a notebook shows the figure."""
+        from fedsim.plots import plot  # here: it loads matplotlib
+
+        return plot(self.rounds, columns or ("accuracy", "loss"))
+
 
 @overload
 def simulate(*overrides: str, replicas: int, observer: Observer | None = None, **settings: Any) -> list[Result]: ...
@@ -70,7 +80,7 @@ def simulate(
     Args:
         overrides: as on the command line, e.g. "strategy=fedld", "partition.alpha=0.1".
         replicas: runs side by side with the seeds seed, seed + 1, …, as rows of one program; None is one run.
-        observer: who is told of the rounds; None: nobody.
+        observer: who is told of the rounds; None: the notebook's cell, elsewhere nobody.
         settings: shared scalars by name (num_rounds=10, seed=1, …), the choice of a group as text, or an object in
             its place: data=a `Dataset` or a function that returns one, model=an `nn.Module` or a function,
             client=an objective, training=a `LocalTraining`, strategy=a rule or a Flower strategy, partition, sampler;
@@ -94,11 +104,11 @@ def simulate(
     if replicas is not None:
         from fedsim.replicas import run as run_replicas  # here: it is made of runs
 
-        return run_replicas(compose([*given, f"replicas={replicas}"]), observer or Observer(), parts)
+        return run_replicas(compose([*given, f"replicas={replicas}"]), observer or default_observer(), parts)
     config = compose(given)
     if config.replicas != 1:
         raise UserError("replicas is an argument here, for the result is another: fedsim.simulate(…, replicas=10)")
-    return run(config, observer or Observer(), parts)
+    return run(config, observer or default_observer(), parts)
 
 
 def _override(value: Any) -> str:
