@@ -54,7 +54,7 @@ def b5(options: harness.Options) -> dict[str, Any]:
     }  # fmt: skip
     for count, size in sizes:
         small = (count, size) == sizes[0]
-        part = measure(strategy_names(), count, size, options, least=7 if small else 3)
+        part = measure(strategy_names(), count, size, options)
         suffix = "" if small else f"[{count}x{size:.0e}]".replace("e+0", "e")
         for name in ("ratios", "figures", "seconds"):
             result[name] |= {_suffixed(key, suffix): value for key, value in part[name].items()}
@@ -90,7 +90,7 @@ def _peers(result: dict[str, Any], options: harness.Options) -> None:
                     continue
                 try:
                     sides = {name: rule_side(name, cohort), side: theirs}
-                    part = harness.compare(sides, [(name, side)], options, warm=0, least=3, most=5, budget=10.0)
+                    part = harness.compare(sides, [(name, side)], options, warm=0, least=3, most=5)
                 except PeerError as error:
                     result["left_out"][side] = str(error)[-300:]
                 else:

@@ -10,6 +10,8 @@ from benchmarks.peer import peers_of
 from benchmarks.training import check, engine_side, threaded
 from fedsim.engine.auto import make_engine
 
+DEEP = 1e-2  # relative, of mean updates: eighteen layers of another thread count's and layout's rounding; 2e-3 seen
+
 
 def b8(options: harness.Options) -> dict[str, Any]:
     """Race `auto` with Flower on one model after another."""
@@ -32,9 +34,9 @@ def _model(name: str, result: dict[str, Any], options: harness.Options) -> None:
         engine, why = make_engine(work.task(), "auto", cohort=work.cohort, threads=options.threads)
         side = threaded(engine_side(engine, work), options.threads)
         try:
-            check({"tight_loop": TightLoop(work), "auto": side}, others)
+            check({"tight_loop": TightLoop(work), "auto": side}, others, bound=DEEP)
             sides = {f"auto {name}": side, **others}
-            part = harness.compare(sides, [tuple(sides)], options, warm=1, least=3, most=7, budget=20.0)
+            part = harness.compare(sides, [tuple(sides)], options, warm=1, least=3, most=7)
         finally:
             engine.close()
     result["plans"][f"auto {name}"] = {**engine.plan, "why": why}

@@ -28,7 +28,8 @@ class Options:
 
     Args:
         threads: CPU threads of every side.
-        rounds: timed rounds of every side; None: at most 9 and, where a round is slow, no fewer than 7.
+        rounds: timed rounds of every side; None: 9 and, where they are slow, no fewer than 7 with `peers` and 3
+            without, so that everything takes two minutes.
         peers: folder of the other frameworks' environments (`benchmarks/peers/make.sh`); None leaves them out.
         large: the sizes that need minutes and gigabytes too.
 
@@ -41,19 +42,27 @@ class Options:
 
 
 def race(
-    sides: Mapping[str, Side], options: Options, *, least: int = 7, most: int = 9, warm: int = 2, budget: float = 20.0
+    sides: Mapping[str, Side],
+    options: Options,
+    *,
+    least: int | None = None,
+    most: int = 9,
+    warm: int = 2,
+    budget: float = 10.0,
 ) -> dict[str, list[float]]:
     """Run the sides in turn, A B C A B C …, and return seconds a round, warm-up left out.
 
     Args:
         sides: name → what does one round, given its number from 1.
         options: `rounds` replaces least and most.
-        least: rounds that are timed however long they take.
+        least: rounds that are timed however long they take; None: 7 with peers, 3 without.
         most: rounds at most.
         warm: rounds before.
         budget: seconds after which no round beyond `least` begins.
 
     """
+    if least is None:
+        least = 3 if options.peers is None else 7
     if options.rounds is not None:
         least = most = options.rounds
     seconds: dict[str, list[float]] = {name: [] for name in sides}

@@ -132,11 +132,12 @@ def b3(clients: int = 3400, cohort: int = 100) -> Workload:
     return Workload("B3", module, x, y, partition, LocalTraining(lr=0.1, batch_size=20), cohort)
 
 
-def b4(samples: int = 50) -> Workload:
+def b4(samples: int = 50, cohort: int = 100) -> Workload:
     """Return B4 mlp-cross-device: cohort 100 of 50 samples, batch 10, MLP 784-200-10."""
-    x, y = _noise(100 * samples, (784,), 10)
+    x, y = _noise(cohort * samples, (784,), 10)
     module = initialise(lambda: mlp((784,), 10, hidden=(200,)), 0)
-    return Workload("B4", module, x, y, _equal(100, samples), LocalTraining(lr=0.1, batch_size=10), 100)
+    training = LocalTraining(lr=0.1, batch_size=10)
+    return Workload("B4", module, x, y, _equal(cohort, samples), training, cohort)
 
 
 def b8(model: str) -> Workload:
