@@ -96,7 +96,7 @@ def gpu(options: harness.Options, device: str | None = None) -> dict[str, Any]:
         _section(result, "B4", workloads.b4() if large else workloads.b4(samples=10), options, device)
         _section(result, "B3", workloads.b3() if large else workloads.b3(clients=20, cohort=2), options, device)
         result["notes"] += _profile(_b1(100 if large else 2), device)
-        result["figures"]["B1 end to end"] = end_to_end(device, *((500, 50, 1500) if large else (4, 2, 2)))
+        result["figures"]["B1 end to end"] = end_to_end(device, *((500, 50, 1500) if large else (2, 1, 2, 20)))
     result["machine"] = harness.machine()
     if large:
         PAGE.write_text(page(result), encoding="utf-8")
@@ -226,7 +226,7 @@ def _profile(work: Workload, device: str) -> list[str]:
     return lines + [f"  {100 * own(row) / busy:5.1f} %  {row.count:5d} ×  {row.key[:80]}" for row in rows[:10]]
 
 
-def end_to_end(device: str, clients: int, cohort: int, rounds: int) -> dict[str, float]:
+def end_to_end(device: str, clients: int, cohort: int, rounds: int, tested: int = 1000) -> dict[str, float]:
     """Run B1 whole, set-up and evaluation included; return its seconds.
 
     Args:
@@ -234,10 +234,11 @@ def end_to_end(device: str, clients: int, cohort: int, rounds: int) -> dict[str,
         clients: of 50 images each.
         cohort: clients a round.
         rounds: of the run.
+        tested: images of the test split.
 
     """
     generator = torch.Generator().manual_seed(0)
-    count = 50 * clients + 1000
+    count = 50 * clients + tested
     x = torch.randn(count, 3, 32, 32, generator=generator)
     y = torch.randint(0, 10, (count,), generator=generator)
     splits = {"train": np.arange(50 * clients), "test": np.arange(50 * clients, count)}

@@ -31,8 +31,10 @@ from fedsim.quantities import duration, size
 # Arguments of the group `engine` that are compared; Ray is not: what it gains hangs on a cluster.
 ENGINES: Mapping[str, Mapping[str, Any]] = {
     "sequential": {"name": "sequential"},
+    "vectorized, captured": {"name": "vectorized", "kernels": "captured"},
     "vectorized, fused": {"name": "vectorized", "kernels": "fused"},
     "vectorized, generic": {"name": "vectorized", "kernels": "generic"},
+    "processes": {"name": "processes"},
 }
 MOST, LEAST = 20, 2  # timed rounds of an engine
 HOPELESS = 4.0  # times the quickest warm-up round, beyond which an engine need not be timed if time is short
@@ -52,7 +54,7 @@ class Side:
     first: Tensor | None = None  # step of round 1, (D,)
     warm: float = math.inf  # seconds of round 1
     seconds: list[float] = field(default_factory=list)  # of the timed rounds
-    memory: int | None = None  # bytes that the engine and its first round took beyond what was there
+    memory: int | None = None  # bytes that this process took for the engine and its first round
     refusal: str = ""  # why it does not run
 
     @property
@@ -205,6 +207,9 @@ def _close(side: Side) -> None:
 def _race(sides: list[Side], seconds: float, say: Callable[[str], None]) -> bool:
     """Time rounds of the sides in turn; return whether the time was up before all were done."""
     quickest = min(side.warm for side in sides)
+    for side in sides:
+        if side.warm > HOPELESS * quickest and side.loop is not None:  # workers start in the first round
+            side.warm = min(side.warm, _round(side.loop))
     if LEAST * sum(side.warm for side in sides) > seconds:
         sides = [side for side in sides if side.warm <= HOPELESS * quickest]
     ends = time.perf_counter() + seconds

@@ -6,6 +6,8 @@ though no accelerator is at hand.
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +35,7 @@ from fedsim.models.mlp import mlp
 from fedsim.models.resnet import resnet8
 from fedsim.peak import Peak
 
+ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 SIZES = np.array([7, 1, 20, 13, 4, 4])
@@ -293,3 +296,48 @@ def test_streaming_never_holds_the_matrix():
     if peak.bytes is None:
         pytest.skip("this system does not tell a process's peak")
     assert peak.bytes < count * shared.size * 4 / 3  # the matrix would be 105 MB
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import gpu, harness, loops, workloads
+
+    return SimpleNamespace(gpu=gpu, harness=harness, loops=loops, workloads=workloads)
+
+
+def test_a_graphed_loop_trains_as_the_tight_loop_does(benchmarks):
+    work = benchmarks.gpu.Placed.at(DEVICE, benchmarks.workloads.b4(samples=12))  # batches of 10 and 2
+    tight, graphed = benchmarks.loops.TightLoop(work), benchmarks.loops.GraphedLoop(work)
+    for number in (1, 2):  # recorded, then replayed
+        torch.testing.assert_close(graphed(number), tight(number), rtol=1e-5, atol=1e-7)
+    assert list(graphed.graphs) == [(10, 2)]
+
+
+def test_a_placed_workload_is_the_same_workload(benchmarks):
+    work = benchmarks.workloads.b4(samples=12)
+    placed = benchmarks.gpu.Placed.at(DEVICE, work)
+    for mine, theirs in zip(placed.batches(3), work.batches(3), strict=True):
+        assert [a.tolist() for a in mine] == [b.tolist() for b in theirs]
+    assert torch.equal(placed.samples(3).cpu(), work.samples(3))
+
+
+def test_the_benchmarks_of_a_gpu_run_small_and_fill_the_page(benchmarks):
+    gpu = benchmarks.gpu
+    result = {"ratios": {}, "figures": {}, "plans": {}, "left_out": {}}
+    options = benchmarks.harness.Options(rounds=1)
+    gpu._section(result, "B4", benchmarks.workloads.b4(samples=10), options, DEVICE, variants=True)
+    result["notes"] = gpu._profile(benchmarks.workloads.b4(samples=10), DEVICE)
+    result["figures"]["B1 end to end"] = gpu.end_to_end(DEVICE, 2, 1, 1, 10)
+    result["machine"] = benchmarks.harness.machine()
+    assert {"B4: auto", "B4: sequential bf16", "B4: plain_loop", "B4: limit"} <= set(result["figures"])
+    assert result["ratios"]["B4: auto/plain_loop"]["median"] > 0
+    text = gpu.page(result)
+    assert all(f"| {name} |" in text for name in result["figures"] if name != "B1 end to end")
+    assert "1 rounds of B1 end to end" in text
+
+
+def test_a_side_that_computes_something_else_is_found(benchmarks):
+    sides = {"plain_loop": lambda _: torch.ones(3), "auto": lambda _: torch.tensor([1.0, 1.0, 1.1])}
+    with pytest.raises(RuntimeError, match="auto computes another update"):
+        benchmarks.gpu._check(sides)
