@@ -103,8 +103,8 @@ def test_an_engine_that_is_asked_for_is_a_side_of_its_own():
 
 
 def test_slow_sides_are_left_out_where_time_is_short(monkeypatch):
-    sides = [Side("a", {}, loop=object(), warm=1.0), Side("b", {}, loop=object(), warm=9.0)]
-    monkeypatch.setattr(module, "_round", lambda loop: 8.0)
+    sides = [Side("a", {}, loop="a", warm=1.0), Side("b", {}, loop="b", warm=9.0)]
+    monkeypatch.setattr(module, "_round", lambda loop: {"a": 1.0, "b": 8.0}[loop])
     assert module._race(sides, 5.0, lambda _: None) is False
     assert [len(side.seconds) for side in sides] == [MOST, 0]
     assert module._race(sides, 100.0, lambda _: None) is False
