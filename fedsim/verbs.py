@@ -102,6 +102,21 @@ def _act_tune(given: Arguments) -> None:
         tune.tune(given.words, given.config_dir, shown)
 
 
+def _act_experiment(given: Arguments) -> None:
+    from fedsim.study.drive import experiment
+    from fedsim.study.page import put
+    from fedsim.sweep import board
+
+    if not given.words or "=" in given.words[0]:
+        raise UserError("fedsim experiment needs a name; fedsim list experiment shows them")
+    name, *words = given.words
+    with board.open_board() as shown:
+        folder, text = experiment(name, words, given.config_dir, shown)
+    print(f"\n{text}\n{folder}/results.md")
+    if "page" in given.options:
+        put(Path(given.options["page"]), name, text)
+
+
 def _act_bench(given: Arguments) -> None:
     from fedsim import config
 
@@ -237,6 +252,23 @@ VERBS = {
         """,
         "name=value,value",
         _act_tune,
+    ),
+    "experiment": Verb(
+        "Run an experiment whose claims and criteria are written down, and say which hold",
+        """
+        NAME is a choice of the group experiment: arms, settings, seeds, and claims with their metric and the smallest
+        difference that matters. Arms are tuned with one budget on validation data; then runs of other seeds, paired
+        by partition, initial model and cohorts, are tested: interval, Holm, equivalence, controls. An interrupted
+        command goes on when it is given again. Settings hold for all runs; experiment.seeds=2 for the plan.
+
+        examples:
+          fedsim list experiment
+          fedsim experiment fedld --page docs/results.md
+          fedsim experiment flag num_rounds=2 experiment.seeds=2 hydra.sweep.dir=runs/try
+        """,
+        "NAME",
+        _act_experiment,
+        {"page": "Markdown file whose section of this name is written"},
     ),
     "bench": Verb(
         "Measure your config on every engine that runs it, in under a minute",

@@ -1,0 +1,141 @@
+"""An experiment's section of a page of results: claim → verdict, with everything a reader needs to doubt it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedsim.study.spec import Claim, Study
+from fedsim.study.verdict import Effect, overall
+
+
+@dataclass(frozen=True)
+class Line:
+    """A claim in one cell."""
+
+    claim: Claim
+    effect: Effect
+    controls: Mapping[str, Effect]
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that came of an experiment."""
+
+    lines: Sequence[Line]
+    checks: Mapping[str, Sequence[Effect]]  # "null" and "positive" → an effect a cell
+    means: Mapping[tuple[str, str], float]  # (cell, arm) → mean of what is compared
+
+
+def cell_name(values: Mapping[str, Any]) -> str:
+    """Return how a cell is called.
+
+    >>> cell_name({"partition.alpha": 0.1, "attack": "alie"}), cell_name({})
+    ('alpha=0.1 attack=alie', 'all')
+    """
+    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in values.items()) or "all"
+
+
+def section(
+    name: str, study: Study, found: Findings, chosen: Sequence[Mapping[str, Any]], changed: Sequence[str]
+) -> str:
+    """Return the Markdown of an experiment."""
+    unit = study.metric if study.target is None else f"{study.along} until {study.metric} reaches {study.target:g}"
+    lines = [f"## `{name}`", ""]
+    if changed:
+        lines += [f"**Not the experiment as written: {', '.join(f'`{word}`' for word in changed)}.**", ""]
+    lines += [
+        f"Compared: {unit}; {'less' if study.sign < 0 else 'more'} is better, {study.smallest:g} matters. "
+        f"{study.seeds} seeds an arm, paired by partition, initial model and cohorts. "
+        + (f"Rates: {_budget(study)}. " if study.tuned else "Nothing is tuned. ")
+        + f"Command: `fedsim experiment {' '.join([name, *changed])}`. Every run: `{' '.join(study.base)}`.",
+        "",
+        "| claim | cell | difference, 95 % | p (Holm) | p (equal) | detectable | verdict |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for claim in study.questions:
+        own = [line for line in found.lines if line.claim == claim]
+        text = claim.text or f"{claim.arm} > {claim.baseline}"
+        for line in own:
+            lines.append(f"| {text} | {_row(line.effect)} | {line.verdict} |")
+        if len(own) > 1:
+            lines.append(f"| {text} | **all** | | | | | **{overall([line.verdict for line in own])}** |")
+    beside = [(line, control, e) for line in found.lines for control, e in line.controls.items()]
+    if beside:
+        lines += ["", "| against its control | cell | difference, 95 % | p (Holm) | p (equal) | detectable |",
+                  "|---|---|---|---|---|---|"]  # fmt: skip
+        lines += [f"| {line.claim.arm} − {control} | {_row(e)} |" for line, control, e in beside]
+    lines += _checks(found)
+    lines += ["", _means(study, found), ""]
+    edges = [f"{one['arm']}, {one['cell']}: {edge}" for one in chosen for edge in one["edges"]]
+    if edges:
+        lines += ["On the edge of what was tried, so that the best may lie beyond: " + "; ".join(edges) + ".", ""]
+    return "\n".join(lines)
+
+
+def _budget(study: Study) -> str:
+    points = len(next(arm for arm in study.methods.values() if arm.like is None).points())
+    return f"{points} points an arm and cell, by {study.tuning_metric} over {study.tuning_seeds} other seeds"
+
+
+def _row(one: Effect) -> str:
+    return (
+        f"{one.cell} | {one.test.mean:+.4g} ± {one.test.half:.2g} | {_p(one.adjusted)} | {_p(one.equivalence)} | "
+        f"{one.detectable:.2g}"
+    )
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _checks(found: Findings) -> list[str]:
+    """Return what the null and the positive control say of the experiment itself."""
+    lines: list[str] = []
+    for role, effects in found.checks.items():
+        for one in effects:
+            seen = one.found or (role == "null" and one.lost)
+            right = seen == (role == "positive")
+            what = "found" if seen else "no difference"
+            lines.append(
+                f"| {role}: {one.arm} − {one.baseline} | {_row(one)} | {what}{'' if right else ': **wrong**'} |"
+            )
+    if not lines:
+        return []
+    head = "| control of the experiment | cell | difference, 95 % | p (Holm) | p (equal) | detectable | says |"
+    return ["", head, "|---|---|---|---|---|---|---|", *lines]
+
+
+def _means(study: Study, found: Findings) -> str:
+    cells = list(dict.fromkeys(cell for cell, _ in found.means))
+    rows = [f"| arm | {' | '.join(cells)} |", "|---" * (len(cells) + 1) + "|"]
+    rows += [f"| {arm} | {' | '.join(f'{found.means[cell, arm]:.4g}' for cell in cells)} |" for arm in study.methods]
+    return "\n".join(rows)
+
+
+def tree(found: Findings, chosen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return everything as plain values."""
+    return {
+        "claims": [
+            {"claim": asdict(line.claim), "verdict": line.verdict, "effect": asdict(line.effect),
+             "controls": {name: asdict(e) for name, e in line.controls.items()}}
+            for line in found.lines
+        ],
+        "checks": {role: [asdict(e) for e in effects] for role, effects in found.checks.items()},
+        "means": [{"cell": cell, "arm": arm, "mean": mean} for (cell, arm), mean in found.means.items()],
+        "chosen": list(chosen),
+    }  # fmt: skip
+
+
+def put(path: Path, name: str, text: str) -> None:
+    """Write a section into a page, in the place of the section of that name if there is one."""
+    old = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    block = f"{begin}\n{text.rstrip()}\n{end}"
+    there = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", flags=re.DOTALL)
+    new = there.sub(lambda _: block, old) if there.search(old) else f"{old.rstrip()}\n\n{block}\n"
+    path.write_text(new, encoding="utf-8")

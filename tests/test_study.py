@@ -1,0 +1,214 @@
+"""Experiments: verdicts against simulated truths and hand cases, and a whole one at toy size."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fedsim.errors import UserError
+from fedsim.study import page, verdict
+from fedsim.study.drive import OTHER_SEEDS, experiment
+from fedsim.study.spec import Study, build, load, merged
+from fedsim.sweep.board import Board
+
+ARMS = {"a": ["strategy=fedavg"], "b": ["strategy=fedavg"], "c": {"like": "a", "reseed": True}}
+CLAIM = {"arm": "a", "baseline": "b"}
+
+
+def effects(differences, smallest=1.0, sign=1):
+    return [verdict.effect("all", ("a", "b"), (d, np.zeros(len(d))), sign=sign, smallest=smallest) for d in differences]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_effect_against_scipy(seed):
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(2, 8)) + [[0.3], [0.0]]
+    one = verdict.effect("all", ("a", "b"), (x, y), sign=1, smallest=0.5)
+    test = stats.ttest_rel(x, y)
+    assert one.test.p == pytest.approx(test.pvalue, rel=1e-9)
+    low, high = test.confidence_interval(0.95)
+    assert (one.test.mean - one.test.half, one.test.mean + one.test.half) == pytest.approx((low, high), rel=1e-9)
+    sides = (stats.ttest_1samp(x - y, -0.5, alternative="greater"), stats.ttest_1samp(x - y, 0.5, alternative="less"))
+    assert one.equivalence == pytest.approx(max(side.pvalue for side in sides), rel=1e-9)
+    error = np.std(x - y, ddof=1) / np.sqrt(8)
+    assert one.detectable == pytest.approx((stats.t.ppf(0.975, 7) + stats.t.ppf(0.8, 7)) * error, rel=1e-9)
+    other = verdict.effect("all", ("a", "b"), (x, y), sign=-1, smallest=0.5)
+    assert other.test.mean == pytest.approx(-one.test.mean)
+
+
+def test_detectable_is_what_four_of_five_experiments_find():
+    rng = np.random.default_rng(0)
+    size = 2.0
+    detectable = np.median([e.detectable for e in effects(rng.normal(0, size, (400, 10)))])
+    found = [e.found for e in effects(rng.normal(detectable, size, (400, 10)))]
+    assert 0.74 < np.mean(found) < 0.88  # binomial noise of 400, and the median's own
+
+
+def test_verdicts():
+    clear, none, wide, small, worse = effects(
+        [[3, 3.1, 2.9, 3, 3.1], [0.1, -0.1, 0.05, 0, 0], [5, -5, 4, -4, 1], [0.1, 0.11, 0.1, 0.09, 0.1],
+         [-3, -3.1, -2.9, -3, -3]]
+    )  # fmt: skip
+    assert verdict.verdict(clear, {}, 1.0) == "holds"
+    assert verdict.verdict(clear, {"rate": clear}, 1.0) == "holds"
+    assert verdict.verdict(clear, {"rate": wide, "noise": clear}, 1.0) == "holds only through a control: rate"
+    assert verdict.verdict(none, {}, 1.0) == "no difference that matters"
+    assert verdict.verdict(wide, {}, 1.0) == "not shown at this power"
+    assert verdict.verdict(small, {}, 1.0) == "found, but less than matters"
+    assert verdict.verdict(worse, {}, 1.0) == "the opposite holds"
+    assert verdict.overall(["holds", "holds"]) == "holds"
+    assert verdict.overall(["holds", "holds only through a control: x", "holds"]) == (
+        "holds in 2 of 3; holds only through a control in 1 of 3"
+    )
+
+
+def test_holm_keeps_the_family_wise_error():
+    """Of 300 experiments with 12 true nulls each, at most 5 % may find anything."""
+    rng = np.random.default_rng(1)
+    wrong = []
+    for _ in range(300):
+        family = verdict.adjusted(effects(rng.normal(size=(12, 10))))
+        wrong.append(any(e.found or e.lost for e in family))
+    assert np.mean(wrong) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 300)
+    assert np.mean([any(e.found or e.lost for e in effects(rng.normal(size=(12, 10)))) for _ in range(50)]) > 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"claims": [{"arm": "a", "baseline": "d"}]}, "claims name the arm 'd'"),
+        ({"claims": [{"arm": "a"}]}, "a claim has arm and baseline"),
+        ({"arms": {**ARMS, "d": {"like": "x"}}}, "arms.d is like 'x'"),
+        ({"arms": {**ARMS, "d": {"like": "a", "tune": ["client.lr=1,2"]}}}, "leave tune out"),
+        ({"arms": {**ARMS, "d": {"tune": ["client.lr=1,2"]}}}, "as many points as every other"),
+        ({"arms": {**ARMS, "d": {"sets": []}}}, "arms.d has no 'sets'"),
+        ({"smallest": 0.0}, "smallest must be > 0"),
+        ({"seeds": 1}, "seeds must be >= 2"),
+        ({"null_control": {"arm": "e", "baseline": "a"}}, "claims name the arm 'e'"),
+    ],
+)
+def test_an_experiment_is_checked_before_it_runs(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Study(**{"claims": [CLAIM], "arms": ARMS, **changes})
+
+
+def test_arms_like_others_and_later_overrides():
+    study = Study(claims=[CLAIM], arms={**ARMS, "d": {"like": "a", "set": ["strategy=median", "num_rounds=1"]}})
+    assert study.methods["d"].set == ("strategy=median", "num_rounds=1")
+    assert merged(["+a=1", "b=2"], ["a=3"]) == ["a=3", "b=2"]
+    assert [values for _, values in Study(claims=[CLAIM], arms=ARMS, settings=["x=1,2", "y=a,b"]).cells] == [
+        {"x": 1, "y": "a"}, {"x": 1, "y": "b"}, {"x": 2, "y": "a"}, {"x": 2, "y": "b"},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["fedld", "flag", "fedhyper", "ef21"])
+def test_shipped_experiments_are_sound(name):
+    study = build(load(name))
+    assert study.seeds >= 10
+    assert study.null_control is not None
+    assert study.positive_control is not None
+    assert all(claim.text for claim in study.questions)
+
+
+YAML = """# A toy.
+_target_: fedsim.study.spec.Study
+claims: [{text: a beats b, arm: a, baseline: short, controls: [again]}]
+arms:
+  a: {set: [strategy=fedavg], tune: ["client.lr=0.0001,0.3"]}
+  short: {like: a, set: [num_rounds=1]}
+  again: {like: a, reseed: true}
+base: [data=digits, model=logreg, partition.num_clients=4, num_rounds=8, metrics.every=1, threads=1, device=cpu]
+settings: ["partition.alpha=1.0,5.0"]
+seeds: 3
+tuning_seeds: 1
+null_control: {arm: again, baseline: a}
+positive_control: {arm: a, baseline: short}
+"""
+
+
+@pytest.fixture
+def toys(tmp_path):
+    (tmp_path / "configs" / "experiment").mkdir(parents=True)
+    (tmp_path / "configs" / "experiment" / "toy.yaml").write_text(YAML)
+    rounds = YAML.replace("seeds: 3", "seeds: 3\nmetric: accuracy\ntarget: 0.6\nsmallest: 1.0")
+    (tmp_path / "configs" / "experiment" / "rounds.yaml").write_text(rounds)
+    return tmp_path / "configs"
+
+
+def test_a_whole_experiment(toys, tmp_path):
+    def go(*words):
+        return experiment("toy", [f"hydra.sweep.dir={tmp_path / 'out'}", "sweep.workers=1", *words], toys, Board())
+
+    folder, text = go()
+    results = json.loads((folder / "results.json").read_text())
+    assert [one["point"] for one in results["chosen"]] == [{"client.lr": 0.3}] * 2  # 1e-4 learns nothing
+    assert {check: [e["cell"] for e in effects] for check, effects in results["checks"].items()} == {
+        "null": ["alpha=1.0", "alpha=5.0"], "positive": ["alpha=1.0", "alpha=5.0"],
+    }  # fmt: skip
+    trials = json.loads((folder / "report" / "sweep.json").read_text())["trials"]
+    assert len(trials) == 2 * 3 * 3
+    by_arm = {
+        (row["arm"], row["partition.alpha"], row["seed"]): row for row in trials
+    }  # values are the cell's, the arm, its point, the seed
+    differences = [by_arm["a", 1.0, s]["accuracy"] - by_arm["short", 1.0, s]["accuracy"] for s in range(3)]
+    (line,) = [one for one in results["claims"] if one["effect"]["cell"] == "alpha=1.0"]
+    assert line["effect"]["test"]["mean"] == pytest.approx(np.mean(differences))
+    assert set(line["controls"]) == {"again"}
+    assert "Not the experiment as written" not in text
+    assert "`fedsim experiment toy`" in text
+
+    # pairs share partition, initial model and cohorts, and a reseeded arm nothing else
+    def config(arm):
+        return (folder / "report" / by_arm[arm, 1.0, 1]["trial"] / "config.yaml").read_text()
+
+    assert f"seed: {1 + OTHER_SEEDS}" in config("again")
+    a, other = (folder / "report" / by_arm[arm, 1.0, 1]["trial"] / "partition.npz" for arm in ("a", "again"))
+    assert a.read_bytes() == other.read_bytes()
+    assert by_arm["a", 1.0, 1]["loss"] != by_arm["again", 1.0, 1]["loss"]
+
+    # the same command goes on, another is refused
+    stamp = {p: p.stat().st_mtime_ns for p in folder.glob("report/*/summary.json")}
+    (folder / "results.md").unlink()
+    assert go()[1] == text
+    assert stamp == {p: p.stat().st_mtime_ns for p in folder.glob("report/*/summary.json")}
+    with pytest.raises(UserError, match="holds another experiment"):
+        go("num_rounds=3")
+
+    target = tmp_path / "results.md"
+    page.put(target, "other", "kept")
+    for _ in range(2):
+        page.put(target, "toy", text)
+    assert target.read_text().count("## `toy`") == 1
+    assert "kept" in target.read_text()
+
+
+def test_rounds_to_a_target(toys, tmp_path):
+    words = [f"hydra.sweep.dir={tmp_path / 'out'}", "sweep.workers=1", "experiment.seeds=2", "num_rounds=8"]
+    folder, text = experiment("rounds", words, toys, Board())
+    assert "Not the experiment as written: `num_rounds=8`, `experiment.seeds=2`" in text
+    rows = json.loads((folder / "report" / "sweep.json").read_text())["trials"]
+    expected = {}
+    for row in rows:
+        lines = (folder / "report" / row["trial"] / "rounds.jsonl").read_text().splitlines()
+        seen = [json.loads(line) for line in lines]
+        reached = [one["round"] for one in seen if one["accuracy"] >= 0.6]
+        expected.setdefault((row["partition.alpha"], row["arm"]), []).append((reached or [seen[-1]["round"]])[0])
+    means = json.loads((folder / "results.json").read_text())["means"]
+    assert {(one["cell"], one["arm"]): one["mean"] for one in means} == {
+        (f"alpha={alpha}", arm): np.mean(values) for (alpha, arm), values in expected.items()
+    }
+    assert len(set(map(tuple, expected.values()))) > 1
+
+
+def test_a_wrong_word_is_found_before_anything_runs(toys, tmp_path):
+    for words, message in (
+        (["strategi=fedavg"], "strategi"),
+        (["client.lr=1,2"], "one value"),
+        (["experiment.seed=1"], "experiment.seed"),
+    ):
+        with pytest.raises(UserError, match=message):
+            experiment("toy", [f"hydra.sweep.dir={tmp_path / 'x'}", *words], toys, Board())
+        assert not (tmp_path / "x").exists()
+    with pytest.raises(UserError, match="no experiment 'toi'"):
+        experiment("toi", [], toys, Board())
