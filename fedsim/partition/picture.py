@@ -132,8 +132,10 @@ def _columns(counts: Int) -> _Columns:
 
 def _draw_sizes(axes: Axes, columns: _Columns) -> None:
     sizes = columns.counts.sum(axis=1) / columns.clients  # (J,)
-    bars = axes.bar(np.arange(len(sizes)), sizes, width=0.8 if columns.named else 1.0, color=_BAR_COLOUR, linewidth=0)
-    if columns.named:
+    if not columns.named:  # one patch: a thousand bars would take ten times as long as all the rest
+        axes.stairs(sizes, np.arange(len(sizes) + 1) - 0.5, fill=True, color=_BAR_COLOUR, linewidth=0)
+    else:
+        bars = axes.bar(np.arange(len(sizes)), sizes, width=0.8, color=_BAR_COLOUR, linewidth=0)
         axes.margins(y=0.15)
         axes.bar_label(bars, [f"{int(n)}" for n in sizes], fontsize=6.5, padding=1)
     axes.set_ylabel("samples", fontsize=9)
