@@ -49,12 +49,17 @@ class Peer:
 
     def __init__(self, options: Options, name: str, script: str, *arguments: str) -> None:
         self.name = name
+        python = interpreter(options, name)
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  read if the process ends, closed with it
         self._process = subprocess.Popen(
-            [interpreter(options, name), SCRIPTS / script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [python, SCRIPTS / script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self._log, text=True, env=environment(options.threads),
         )  # fmt: skip
-        self.about = self._answer()
+        try:
+            self.about = self._answer()
+        except BaseException:
+            self.close()
+            raise
 
     def __call__(self, number: int) -> float:
         """Do one round; return the seconds that the process itself counted."""
@@ -70,8 +75,10 @@ class Peer:
     def close(self) -> None:
         """End the process: the end of its input tells it to go."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
+        self._process.stdout.close()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
