@@ -379,11 +379,28 @@ def test_batch_norm_is_refused_with_the_reason():
 
 
 @pytest.mark.parametrize(
-    ("name", "cohort", "engine"), [("mlp", 6, "vectorized"), ("mlp", 1, "sequential"), ("cnn", 6, "sequential")]
+    ("name", "cohort", "plan"),
+    [
+        ("mlp", 6, "captured"),
+        ("mlp", 1, "captured"),
+        ("cnn", 6, "captured"),
+        ("mlp", 40, "fused"),
+        ("char_gru", 40, "generic"),
+    ],
 )
-def test_auto_follows_its_table(name, cohort, engine):
+def test_auto_follows_its_table(name, cohort, plan):
     task, _ = make_task(name)
-    assert make_engine(task, "auto", cohort=cohort, threads=1)[0].plan["engine"] == engine
+    for asked in ("auto", "vectorized"):
+        engine, _ = make_engine(task, asked, cohort=cohort, threads=1)
+        assert engine.plan["kernels"] == plan
+        engine.close()
+
+
+@pytest.mark.parametrize(("name", "cohort"), [("mlp", 1), ("cnn", 40)])
+def test_auto_trains_one_by_one_what_cannot_be_recorded(name, cohort):
+    task, _ = make_task(name, Uploads())
+    engine, _ = make_engine(task, "auto", cohort=cohort, threads=1)
+    assert engine.plan["engine"] == "sequential"
 
 
 @pytest.mark.parametrize("arguments", [{"chunk": 0}, {"kernels": "fast"}])

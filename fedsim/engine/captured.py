@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsim.engine.lanes import mixes_samples
-from fedsim.engine.native import Lane, Steps, alone, compiled
+from fedsim.engine.native import BUCKETS, Lane, Steps, compiled
 from fedsim.engine.record import NotRecordable, Program, record
 from fedsim.engine.step import Step
 from fedsim.engine.task import LOCAL, Block, Job, Task, local_round, room
@@ -26,7 +26,8 @@ from fedsim.local import Int64
 # The optimising executor runs other products in its first calls than later: bits would depend on a resume.
 _as_written: Any = partial(getattr(torch.jit, "optimized_execution"), False)  # noqa: B009  (not among torch's typed names)
 
-SUMMED = 8  # rows of a block that is summed before the blocks are
+SUMMED, MOST = 8, 16  # rows of a block that is summed before the blocks are, at least; and blocks, at most
+LONG = 1000  # operations of a step from which on one costs little more with a few samples than with many
 
 
 class Captured:
@@ -52,7 +53,7 @@ class Captured:
         self._programs: dict[tuple[int, bool, bool], Program] = {}
         self._known: dict[bool, list[tuple[int, bool]]] = {}  # pulled → kinds of steps that the loop has
         self._loops: dict[bool, Callable[..., None]] = {}
-        self._prove()
+        self._buckets = 1 if self._prove().body.count("\n") > LONG else BUCKETS
         self._threads = threads or torch.get_num_threads()
         self._lanes: SimpleQueue[Lane] = SimpleQueue()
         for _ in range(self._threads):
@@ -104,20 +105,21 @@ class Captured:
         corrections = self.step.corrections(job.lr, int(order.num_steps.max(initial=0)))
         state = [block.state[LOCAL + name] for name in task.local.names]
         parts = _blocks(len(job)) if summed else _shares(order.num_steps, 4 * self._threads)
-        steps = Steps(task, job, order, np.concatenate(parts))
+        steps = Steps(task, job, order, np.concatenate(parts), self._buckets)
         loop = self._loop(steps, pulled=pulled)
-        sums = [torch.zeros_like(summed[1]) for _ in parts] if summed else []
+        sums: list[Tensor | None] = [None] * len(parts)
         ends = np.cumsum([0, *map(len, parts)])
 
         def run(number: int) -> None:
             lane, work = self._lanes.get(), steps.part(int(ends[number]), int(ends[number + 1]))
             losses = torch.zeros(len(work.length), dtype=task.dtype)  # (S,)
+            total = sums[number] = torch.zeros_like(summed[1]) if summed else None
             try:
                 with torch.no_grad(), _as_written():
                     loop(
                         *work[:6], starts, shared, corrections, self.step.x, task.y, *work[6:10],
                         lane.flat, lane.params, lane.slots, lane.apart, lane.apart_views, lane.local, state,
-                        out, sums[number] if summed else losses, summed[0] if summed else [0.0], block.square_norms,
+                        out, losses if total is None else total, summed[0] if summed else [0.0], block.square_norms,
                         losses,
                     )  # fmt: skip
                 block.extras["train_loss"][torch.from_numpy(parts[number])] = work.mean(losses).to(task.dtype)
@@ -127,12 +129,14 @@ class Captured:
         waiting = [self._pool.submit(run, number) for number in range(len(parts))]
 
         def end() -> Block:
-            wait(waiting)  # all of them, failed or not: nobody may still write when rows are trained again
-            for future in waiting:
-                future.result()
-            if summed:
-                for part in sums:
-                    summed[1].add_(part)
+            try:
+                for number, future in enumerate(waiting):
+                    future.result()
+                    part, sums[number] = sums[number], None
+                    if summed and part is not None:
+                        summed[1].add_(part)
+            finally:
+                wait(waiting)  # all of them, failed or not: nobody may still write when rows are trained again
             return block
 
         return end
@@ -157,20 +161,21 @@ class Captured:
         steps.program = np.array([known.index(kind) for kind in steps.kinds], dtype=np.int64)[steps.program]
         return self._loops[pulled]
 
-    def _prove(self) -> None:
-        """Record a step of two samples, and hold it against the step itself on other samples and other weights."""
-        step, size = self.step, min(2, len(self.task.x))
+    def _prove(self) -> Program:
+        """Record a step, and hold it against the step itself on other samples and other weights."""
+        step = self.step
+        size = min(self.task.training.batch_size or int(self.task.partition.sizes.max(initial=1)), len(self.task.x))
         try:
-            program = self._program(size, padded=True, pulled=False)
+            program = self._program(size, padded=False, pulled=False)
         except NotRecordable as error:
             raise ValueError(f"a step cannot be recorded: {error}") from error
-        given = step.example(size, padded=True, pulled=False, number=1)
+        given = step.example(size, padded=False, pulled=False, number=1)
         again = [tensor.clone() for tensor in given]
-        with torch.no_grad(), _as_written():
-            mine, theirs = alone(program)(given), step(again, padded=True, pulled=False)
-        same = torch.allclose(mine, theirs, rtol=1e-3, atol=1e-6)
-        if not same or not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(given, again, strict=True)):
+        with torch.no_grad():
+            pairs = [(program(given), step(again, padded=False, pulled=False)), *zip(given, again, strict=True)]
+        if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in pairs):
             raise ValueError("a recorded step differs from the step itself: the model depends on more than its inputs")
+        return program
 
 
 def _shares(num_steps: Int64, count: int) -> list[Int64]:
@@ -200,5 +205,6 @@ def _check(task: Task) -> None:
 
 
 def _blocks(count: int) -> list[Int64]:
-    """Split rows into blocks of neighbours."""
-    return [np.arange(low, min(low + SUMMED, count)) for low in range(0, count, SUMMED)]
+    """Split rows into blocks of neighbours: few, for each has a sum of its own for a while."""
+    size = max(SUMMED, -(-count // MOST))
+    return [np.arange(low, min(low + size, count)) for low in range(0, count, size)]

@@ -51,10 +51,11 @@ class Steps:
         job: the rows.
         order: their local round.
         rows: (R,) in the order of training.
+        buckets: sizes of a batch that have programs.
 
     """
 
-    def __init__(self, task: Task, job: Job, order: Schedule, rows: Int64) -> None:
+    def __init__(self, task: Task, job: Job, order: Schedule, rows: Int64, buckets: int = BUCKETS) -> None:
         self.rows = rows
         count, sizes = order.num_steps[rows], np.maximum(order.sizes[rows], 1)  # (R,)
         full = task.training.batch_size or int(task.partition.sizes.max(initial=1))
@@ -64,7 +65,7 @@ class Steps:
         batch = np.minimum(sizes, full)[row] if order.batch_size else sizes[row]  # (S,)
         epoch, inside = np.divmod(number, -(-sizes[row] // batch))
         self.length = np.minimum(batch, sizes[row] - inside * batch)  # (S,) samples that count
-        self.padded = _bucket(self.length, full)  # (S,)
+        self.padded = _bucket(self.length, full, buckets)  # (S,)
         self.begin = np.concatenate([[0], np.cumsum(self.padded)])  # (S+1,)
         step = np.repeat(np.arange(len(row)), self.padded)  # (M,)
         inner = np.arange(len(step)) - self.begin[step]  # (M,)
@@ -113,12 +114,12 @@ def _places(versions: Int64) -> Int64:
     return places
 
 
-def _bucket(lengths: Int64, full: int) -> Int64:
-    """Return the sizes that have programs: an eighth of a full batch apart."""
-    if full <= BUCKETS:
+def _bucket(lengths: Int64, full: int, buckets: int) -> Int64:
+    """Return the sizes that have programs, full · 1/buckets apart."""
+    if full <= buckets:
         return lengths
-    eighths = -(-lengths * BUCKETS // full)  # ≥ 1
-    return np.maximum(-(-eighths * full // BUCKETS), lengths)
+    parts = -(-lengths * buckets // full)  # ≥ 1
+    return np.maximum(-(-parts * full // buckets), lengths)
 
 
 class Lane:
@@ -157,12 +158,6 @@ def step(which: int, inputs: List[Tensor], constants: List[List[Tensor]]) -> Ten
     unit = torch.jit.CompilationUnit("\n".join([*texts, choice, LOOP]))
     constants = [list(program.constants) for program in programs]
     return lambda *given: unit.loop(*given, list(padded), constants)
-
-
-def alone(program: Program) -> Callable[[list[Tensor]], Tensor]:
-    """Return a program as a function of its inputs."""
-    unit = torch.jit.CompilationUnit(_function(0, program))
-    return lambda inputs: unit.step_0(inputs, [list(program.constants)])
 
 
 def _function(number: int, program: Program) -> str:

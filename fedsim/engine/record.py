@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 aten = torch.ops.aten
 
@@ -81,10 +81,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise NotRecordable(f"{func.name()} draws from torch's global generator")
         if func is aten._local_scalar_dense.default:
             raise NotRecordable("a tensor's value is asked for")
-        known_args, known_kwargs = tree_map(self.known, args), tree_map(self.known, kwargs)
+        known_args, known_kwargs = _each(self.known, args), _each(self.known, kwargs)
         out = func(*args, **kwargs)
         leaves = tuple(out) if isinstance(out, (list, tuple)) else (out,)
-        tensors = [leaf for leaf in (*leaves, *tree_flatten(args)[0]) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in (*leaves, *args) if isinstance(leaf, Tensor)]
         alike = len({(leaf.shape, leaf.dtype) for leaf in tensors}) == 1
         outs = tuple(self._name(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves)
         self.ops.append(_Op(func, known_args, known_kwargs, outs, alike))
@@ -98,10 +98,17 @@ def _place(tensor: Tensor) -> Any:
 
 
 class Program(NamedTuple):
-    """A recorded function as TorchScript: of tensors, and of the constants that it reads beside them."""
+    """A recorded function of tensors, and of the constants that it reads beside them, as TorchScript: Python too."""
 
     body: str  # statements that read `inputs[i]` and `constants[i]`, and return the result
     constants: list[Tensor]
+
+    def __call__(self, inputs: list[Tensor]) -> Tensor:
+        """Run the statements as Python, which they are as well."""
+        scope: dict[str, Any] = {"torch": torch}
+        exec(f"def run(inputs, constants):\n{textwrap.indent(self.body, '    ')}", scope)
+        result: Tensor = scope["run"](inputs, self.constants)
+        return result
 
 
 def record(function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor]) -> Program:
@@ -143,7 +150,7 @@ def _written(ops: list[_Op], result: int, count: int) -> Program:
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(map(text, value))}]"
         if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
-            return str(_CODES[value])
+            return str(value)
         if isinstance(value, torch.device):
             return f'torch.device("{value}")'
         if isinstance(value, float) and not math.isfinite(value):
@@ -164,13 +171,6 @@ def _written(ops: list[_Op], result: int, count: int) -> Program:
     return Program("\n".join([*lines, f"return {text(_Ref(result))}"]), constants)
 
 
-_CODES: dict[Any, int] = {  # as TorchScript has them: the places in c10's enumerations
-    torch.uint8: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3, torch.int64: 4, torch.float16: 5, torch.float32: 6,
-    torch.float64: 7, torch.bool: 11, torch.bfloat16: 15,
-    torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels_last: 2, torch.strided: 0,
-}  # fmt: skip
-
-
 def _without_aliases(ops: list[_Op], result: _Ref) -> tuple[list[_Op], int]:
     """Leave out what returns its argument: `detach`, a factor 1, and the transposition of a transposition.
 
@@ -187,7 +187,7 @@ def _without_aliases(ops: list[_Op], result: _Ref) -> tuple[list[_Op], int]:
 
     kept = []
     for op in ops:
-        args, kwargs = tree_map(root, op.args), tree_map(root, op.kwargs)
+        args, kwargs = _each(root, op.args), _each(root, op.kwargs)
         first, out = args[0] if args else None, op.outs[0] if op.outs else None
         if isinstance(first, _Ref):
             if op.function in (aten.detach.default, aten.alias.default):
@@ -244,4 +244,20 @@ def _live(ops: list[_Op], result: int) -> list[_Op]:
 
 def _read(op: _Op) -> list[int]:
     """Return the numbers of the tensors that an operation reads."""
-    return [leaf.number for leaf in tree_flatten((op.args, op.kwargs))[0] if isinstance(leaf, _Ref)]
+    found: list[int] = []
+
+    def look(value: Any) -> None:
+        if isinstance(value, _Ref):
+            found.append(value.number)
+
+    _each(look, (*op.args, *op.kwargs.values()))
+    return found
+
+
+def _each(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to what lists, tuples and dictionaries hold (torch's own does more, at ten times the cost)."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_each(function, item) for item in value)
+    if isinstance(value, dict):
+        return {name: _each(function, item) for name, item in value.items()}
+    return function(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from itertools import islice
 
 import torch
@@ -27,7 +26,7 @@ class Step:
 
     def __init__(self, task: Task) -> None:
         self.task, self.training = task, task.training
-        self.module = copy.deepcopy(task.module).train()
+        self.module = task.module
         self.model = functional(task, self.module)
         self.names = [*task.shared.names, *task.local.names]
         own = dict(self.module.named_parameters())
@@ -83,6 +82,7 @@ class Step:
 
     def __call__(self, tensors: list[Tensor], *, padded: bool, pulled: bool) -> Tensor:
         """Take a step in place and return the loss."""
+        self.module.train()
         given = iter(tensors)
         params = list(islice(given, len(self.names)))
         slots = list(islice(given, self.num_slots * len(self.names)))
