@@ -385,7 +385,7 @@ def test_batch_norm_is_refused_with_the_reason():
         ("mlp", 1, "captured"),
         ("cnn", 6, "captured"),
         ("mlp", 40, "fused"),
-        ("char_gru", 40, "generic"),
+        ("char_gru", 40, "fused"),
     ],
 )
 def test_auto_follows_its_table(name, cohort, plan):
