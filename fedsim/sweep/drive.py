@@ -19,6 +19,7 @@ from fedsim.misfit import quoted
 from fedsim.sweep import plan as plans
 from fedsim.sweep import table
 from fedsim.sweep.board import Board
+from fedsim.sweep.cluster import Cluster
 from fedsim.sweep.grammar import Words, read
 from fedsim.sweep.plan import Plan
 from fedsim.sweep.pool import PICTURES, Batch, Event, Job, Pool, start_server
@@ -33,7 +34,7 @@ _WRITE_EVERY = 1.0  # seconds between two writes of the table while trials end
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """How many trials run at a time, and on what: `sweep.workers`, `sweep.trials_per_gpu` and `sweep.batch`.
+    """How many trials run at a time, and on what: `sweep.workers`, `.trials_per_gpu`, `.address`, `.batch`.
 
     Raises:
         ValueError: a value out of its range.
@@ -42,6 +43,7 @@ class Machine:
 
     workers: int | None = None  # processes, one trial at a time each, ≥ 1; None: GPUs × trials_per_gpu, else cores
     trials_per_gpu: int = 1  # ≥ 1
+    address: str | None = None  # of a Ray cluster, "auto", host:port or "local"; None: processes of this machine
     batch: bool = False  # whether trials that differ only in seeds and rates train as one program
 
     def __post_init__(self) -> None:
@@ -57,6 +59,14 @@ class Machine:
         if self.workers is None:
             return slots
         return [slots[i % len(slots)] for i in range(self.workers)]
+
+    def pool(self, *, cpu: bool, threads: int | None) -> Pool | Cluster:
+        """Return who does the trials."""
+        if self.address is None:
+            return Pool(self.devices(cpu=cpu))
+        return Cluster(
+            self.address, workers=self.workers, threads=threads or 1, trials_per_gpu=self.trials_per_gpu, cpu=cpu
+        )
 
 
 def num_cores() -> int:
@@ -98,8 +108,9 @@ def sweep(given: Sequence[str], config_dir: Path | None, board: Board) -> Path:
         plan = plan_of(words, given, config_dir, machine, board)
         folder, asked = plans.claim_folder(words.folder, "sweep"), words
         plans.save(plan, folder)
-    devices = machine.devices(cpu=asked.fixed_value("device") == "cpu")
-    with going_on(folder, "sweep"), locked(folder), Pool(devices) as pool:
+    threads = plan.threads or asked.fixed_value("threads")
+    pooled = machine.pool(cpu=asked.fixed_value("device") == "cpu", threads=threads)
+    with going_on(folder, "sweep"), locked(folder), pooled as pool:
         rows = execute(plan, folder, pool, board, batch=machine.batch)
     table.write_parquet(folder, rows)
     board.finish(table.means(rows, plan.keys, table.SHOWN), plan.keys)
@@ -130,9 +141,8 @@ def plan_of(words: Words, given: Sequence[str], config_dir: Path | None, machine
         )
     check(words, config_dir, board)
     points = list(plans.product(words.axes))
-    devices = machine.devices(cpu=words.fixed_value("device") == "cpu")
     units = len(plans.batches(plans.trials_of(points, (), None))) if machine.batch else len(points)
-    threads = threads_for(min(len(devices), units), words)
+    threads = threads_of(machine, units, words)
     trials = plans.trials_of(points, words.fixed, threads)
     return Plan(
         words=tuple(given), config_dir=None if config_dir is None else str(config_dir), threads=threads, trials=trials
@@ -174,16 +184,26 @@ def _check_training(node: dict[str, object]) -> None:
     construct(LocalTraining, mine, "client")
 
 
+def threads_of(machine: Machine, units: int, words: Words) -> int | None:
+    """Return the CPU threads of a trial: one each on a cluster, where a trial asks for as many cores."""
+    if machine.address is not None:
+        return None if _says_threads(words) else 1
+    return threads_for(min(len(machine.devices(cpu=words.fixed_value("device") == "cpu")), units), words)
+
+
+def _says_threads(words: Words) -> bool:
+    return words.fixed_value("threads") is not None or any(axis.key == "threads" for axis in words.axes)
+
+
 def threads_for(num_workers: int, words: Words) -> int | None:
     """Return the CPU threads of a trial, so that all workers together have one a core.
 
     None leaves it to the run: there is one worker, or the user has said.
     """
-    said = words.fixed_value("threads") is not None or any(axis.key == "threads" for axis in words.axes)
-    return None if said or num_workers == 1 else max(1, num_cores() // num_workers)
+    return None if _says_threads(words) or num_workers == 1 else max(1, num_cores() // num_workers)
 
 
-def execute(plan: Plan, folder: Path, pool: Pool, board: Board, *, batch: bool = False) -> list[table.Row]:
+def execute(plan: Plan, folder: Path, pool: Pool | Cluster, board: Board, *, batch: bool = False) -> list[table.Row]:
     """Do the trials of a plan that are not done, and return the rows of all.
 
     Args:

@@ -22,10 +22,10 @@ from fedsim.misfit import quoted
 from fedsim.sweep import plan as plans
 from fedsim.sweep import search, table
 from fedsim.sweep.board import Board
-from fedsim.sweep.drive import Machine, check, execute, going_on, resumable, threads_for
+from fedsim.sweep.drive import Machine, check, execute, going_on, resumable, threads_of
 from fedsim.sweep.grammar import Axis, Interval, Words, read
 from fedsim.sweep.plan import Plan
-from fedsim.sweep.pool import Pool, start_server
+from fedsim.sweep.pool import start_server
 from fedsim.sweep.search import Point, Tuning, with_seeds
 
 NAMESPACES = ("sweep", "tune")
@@ -72,8 +72,9 @@ def tune(given: Sequence[str], config_dir: Path | None, board: Board) -> Path:
         searching = _search_plan(task, words, given, config_dir, machine, board)
         folder = plans.claim_folder(words.folder, "tune")
         plans.save(searching, _made(folder / "search"))
-    devices = machine.devices(cpu=words.fixed_value("device") == "cpu")
-    with going_on(folder, "tune"), locked(folder), Pool(devices) as pool:
+    threads = searching.threads or words.fixed_value("threads")
+    pooled = machine.pool(cpu=words.fixed_value("device") == "cpu", threads=threads)
+    with going_on(folder, "tune"), locked(folder), pooled as pool:
         chosen = _chosen(folder)
         if chosen is None:
             board.note(budget(task))
@@ -123,9 +124,8 @@ def _search_plan(
     for config in check(words, config_dir, board):
         if not config.data.validation > 0:
             raise UserError("data.validation=0 leaves nothing to choose by; give it a share of the training data")
-    devices = machine.devices(cpu=words.fixed_value("device") == "cpu")
     listed = [point for method in task.methods for point in with_seeds(method, task.points, task.tuning.tuning_seeds)]
-    threads = threads_for(min(len(devices), len(listed)), words)
+    threads = threads_of(machine, len(listed), words)
     trials = plans.trials_of(listed, _fixed(words), threads)
     return Plan(
         words=tuple(given), config_dir=None if config_dir is None else str(config_dir), threads=threads, trials=trials
