@@ -131,9 +131,6 @@ class Meeting:
                     self._let(seat)
             for thread in threads:
                 thread.join()
-        for seat in self.seats:
-            if seat.error is not None:
-                raise seat.error
 
     def _turn(self) -> bool:
         """Let each run go on that can, once; say if any could."""
@@ -153,6 +150,8 @@ class Meeting:
         seat.go.release()
         self.back.acquire()
         self._running = None
+        if seat.error is not None and not self.stopped:
+            raise seat.error
 
     def _live(self, seat: Seat, body: Callable[[], None]) -> None:
         seat.go.acquire()
