@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import sys
 from dataclasses import replace
 from importlib import import_module
@@ -66,6 +67,8 @@ class Cluster:
                 local = {"num_cpus": cores, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
                 self.ray.init(address="local", **local, **quiet)
             else:
+                if address != "auto":
+                    _answers(address)
                 self.ray.init(address=address, **quiet)
         except Exception as error:
             where = "one on this machine could not be started" if address is None else f"none answers at {address}"
@@ -237,6 +240,14 @@ def _installed() -> Any:
         return import_module("ray")
     except ImportError as error:
         raise UserError("engine=ray needs Ray: pip install 'fedsim[ray]'") from error
+
+
+def _answers(address: str) -> None:
+    """Raise an OSError if nobody listens at host:port: Ray itself would ask for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        raise OSError("an address is auto or host:port")
+    socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _line(error: BaseException) -> str:
