@@ -71,3 +71,19 @@ def test_equal_methods_differ_at_the_nominal_rate():
     noise = rng.normal(size=(2000, 2, 20))
     called = sum(paired(a, b).p <= 0.05 for a, b in noise)
     assert abs(called - 100) <= 4 * np.sqrt(2000 * 0.05 * 0.95)
+
+
+def test_holm_keeps_the_rate_of_a_whole_table():
+    # Five equal methods against a baseline: in at most 5 % of tables is any called different, here at most by chance.
+    rng = np.random.default_rng(1)
+    tables = rng.normal(0.95, 0.01, size=(800, 6, 20))
+    any_told = np.mean([min(holm([paired(x, rest[0]).p for x in rest[1:]])) <= 0.05 for rest in tables])
+    unadjusted = np.mean([min(paired(x, rest[0]).p for x in rest[1:]) <= 0.05 for rest in tables])
+    assert any_told <= 0.05 + 4 * np.sqrt(0.05 * 0.95 / 800)
+    assert unadjusted > 0.12  # what the adjustment is for
+
+
+def test_a_method_under_another_name_is_no_difference():
+    # The plug-in's runs have the same seeds, so they are equal to the bit: not "significant because s is 0".
+    same = paired([0.91, 0.93, 0.92] * 6 + [0.9, 0.95], [0.91, 0.93, 0.92] * 6 + [0.9, 0.95])
+    assert (same.p, same.mean, same.count) == (1.0, 0.0, 20)

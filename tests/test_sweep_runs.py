@@ -133,6 +133,24 @@ def test_a_failed_trial_stops_nobody_and_resume_does_the_rest(here):
     assert ear.events == []
 
 
+def test_every_worker_has_its_own_gpu(here, monkeypatch):
+    """Two GPUs on a machine that has none: what trials see is what they were given."""
+    (here / "where.py").write_text(
+        "import os\nfrom fedsim.contracts import LinearRule\n\n"
+        "class Where(LinearRule):\n"
+        "    def finish(self, mean, sums, state):\n"
+        "        return mean, state, {'gpu': float(os.environ['CUDA_VISIBLE_DEVICES'])}\n"
+    )
+    (here / "my" / "strategy" / "where.yaml").write_text("_target_: where.Where\n")
+    monkeypatch.setattr("fedsim.sweep.drive._gpus", lambda: ["3", "5"])
+    words = [*SMALL, "strategy=where", "num_rounds=1", "seed=0,1", "hydra.sweep.dir=s"]
+    ear = Ear()
+    folder = sweep(words, Path("my"), ear)
+    assert [row["state"] for row in table(folder)] == ["done"] * 2
+    seen = [json.loads((folder / row["trial"] / "rounds.jsonl").read_text())["gpu"] for row in table(folder)]
+    assert sorted(seen) == [3.0, 5.0]
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
