@@ -50,7 +50,7 @@ class Vectorized:
         self.task = task
         kind = "cuda" if task.device.type == "cuda" else "cpu"
         size = max(1, task.shared.size + task.local.size)
-        self.chunk = chunk or max(1, min(CHUNK_ROWS[kind], CHUNK_ENTRIES[kind] // size))
+        self.chunk = chunk or chunk_rows(task)
         self.block_rows: int | None = 4 * self.chunk  # of a streamed block: enough chunks to keep the threads busy
         self._threads = (threads or torch.get_num_threads()) if kind == "cpu" else 1
         self._lanes: SimpleQueue[Any] = SimpleQueue()
@@ -107,6 +107,12 @@ class Vectorized:
         else:
             for training in trainings:
                 training()
+
+
+def chunk_rows(task: Task) -> int:
+    """Return the rows of a chunk where nobody says: from a fixed table of parameters and device."""
+    kind = "cuda" if task.device.type == "cuda" else "cpu"
+    return max(1, min(CHUNK_ROWS[kind], CHUNK_ENTRIES[kind] // max(1, task.shared.size + task.local.size)))
 
 
 def _by_pull(task: Task, job: Job, rows: Int64) -> list[Int64]:
