@@ -25,6 +25,7 @@ ALL = {
     "B5": "benchmarks.aggregation:b5",
     "B7": "benchmarks.strategies:b7",
     "B8": "benchmarks.crossover:b8",
+    "B9": "benchmarks.replicas:b9",
     "overhead": "benchmarks.training:overhead",
     "auto": "benchmarks.auto:auto",
     "gpu": "benchmarks.gpu:gpu",

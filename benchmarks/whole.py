@@ -16,6 +16,7 @@ from benchmarks import harness
 from benchmarks.peer import SCRIPTS, PeerError, environment, interpreter
 
 NUM_CLIENTS, NUM_SAMPLES, NUM_ROUNDS, ALPHA = 1000, 60_000, 100, 0.5
+PATIENCE = 1800  # seconds
 OURS, FLOWER = "fedsim_100_rounds_cold", "flower_100_rounds_cold"
 
 
@@ -28,10 +29,10 @@ def whole_runs(result: dict[str, Any], options: harness.Options) -> dict[str, An
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         file = write_data(folder / "b2.npz")
-        seconds: dict[str, list[float]] = {OURS: [_fedsim(file, folder / "0", options)]}
+        seconds: dict[str, list[float]] = {OURS: [fedsim_run(file, folder / "0", options)]}
         try:
             seconds[FLOWER] = [_flower(file, options)]
-            seconds[OURS].append(_fedsim(file, folder / "1", options))
+            seconds[OURS].append(fedsim_run(file, folder / "1", options))
         except PeerError as error:
             result["left_out"][FLOWER] = str(error)
     result["seconds"] |= seconds
@@ -57,11 +58,12 @@ def write_data(file: Path) -> Path:
     return file
 
 
-def _fedsim(file: Path, folder: Path, options: harness.Options) -> float:
+def fedsim_run(file: Path, folder: Path, options: harness.Options, *more: str) -> float:
+    """Return the seconds of `fedsim run` on B2's data, from the start of its process to the end."""
     settings = [
         "data=npz", f"data.path={file}", "data.validation=0", "partition=natural", "partition.local_test=0",
         "model=logreg", "client.lr=0.03", "client.batch_size=10", "client.local_epochs=1",
-        f"fraction={10 / NUM_CLIENTS}", f"num_rounds={NUM_ROUNDS}", f"hydra.run.dir={folder}",
+        f"fraction={10 / NUM_CLIENTS}", f"num_rounds={NUM_ROUNDS}", f"hydra.run.dir={folder}", *more,
     ]  # fmt: skip
     return _timed([sys.executable, "-m", "fedsim", "run", *settings], options)
 
@@ -74,9 +76,13 @@ def _flower(file: Path, options: harness.Options) -> float:
 
 def _timed(command: list[str], options: harness.Options) -> float:
     began = time.perf_counter()
-    done = subprocess.run(
-        command, env=environment(options.threads), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
+    try:
+        done = subprocess.run(
+            command, env=environment(options.threads), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            check=False, timeout=PATIENCE,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise PeerError(f"{' '.join(command[:4])} … took more than {PATIENCE} s") from error
     if done.returncode:
         raise PeerError(f"{' '.join(command[:4])} … ended with code {done.returncode}: {done.stderr[-1500:]}")
     return time.perf_counter() - began
