@@ -359,7 +359,7 @@ class Peeks:
 
 def test_an_objective_that_cannot_be_batched_is_named_too():
     task, _ = make_task(objective=Peeks())
-    engine, reason = make_engine(task, "auto", cohort=6, threads=1)
+    engine, reason = make_engine(task, "auto", cohort=60, threads=1)
     assert engine.plan["engine"] == "sequential"
     assert "loss.item() > 1" in reason
 
@@ -396,7 +396,7 @@ def test_auto_follows_its_table(name, cohort, plan):
         engine.close()
 
 
-@pytest.mark.parametrize(("name", "cohort"), [("mlp", 1), ("cnn", 40)])
+@pytest.mark.parametrize(("name", "cohort"), [("mlp", 1), ("cnn", 2)])
 def test_auto_trains_one_by_one_what_cannot_be_recorded(name, cohort):
     task, _ = make_task(name, Uploads())
     engine, _ = make_engine(task, "auto", cohort=cohort, threads=1)
