@@ -23,7 +23,7 @@ def effects(differences, smallest=1.0, sign=1):
 @pytest.mark.parametrize("seed", range(4))
 def test_effect_against_scipy(seed):
     rng = np.random.default_rng(seed)
-    x, y = rng.normal(size=(2, 8)) + [[0.3], [0.0]]
+    x, y = rng.normal(0.3, size=8), rng.normal(size=8)
     one = verdict.effect("all", ("a", "b"), (x, y), sign=1, smallest=0.5)
     test = stats.ttest_rel(x, y)
     assert one.test.p == pytest.approx(test.pvalue, rel=1e-9)

@@ -215,14 +215,15 @@ def _judge(asked: Asked, folder: Path, rows: Sequence[table.Row]) -> page.Findin
 
 def _figure(study: Study, folder: Path, row: Mapping[str, Any]) -> float:
     """Return what is compared of one run."""
+    lines = (folder / row["trial"] / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    rounds = [json.loads(line) for line in lines]
     if study.target is None:
-        value = row.get(study.metric)
+        value = row.get(study.metric, rounds[-1].get(study.metric))
         if not isinstance(value, int | float):
-            raise UserError(f"metric: runs have no {study.metric}; they have {', '.join(sorted(row))}")
+            raise UserError(f"metric: runs have no {study.metric}; they have {', '.join(sorted({*row, *rounds[-1]}))}")
         return float(value)
     along = 0.0
-    for line in (folder / row["trial"] / "rounds.jsonl").read_text(encoding="utf-8").splitlines():
-        found = json.loads(line)
+    for found in rounds:
         along = float(found[study.along]) if study.along != "bytes_up" else along + float(found["bytes_up"])
         value = found.get(study.metric)
         reached = value is not None and (value >= study.target if study.better == "higher" else value <= study.target)

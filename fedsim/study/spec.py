@@ -56,7 +56,7 @@ class Study:
         arms: name → overrides, or {set, tune, like, reseed}.
         base: overrides of every run.
         settings: settings with several values; their product are the cells.
-        metric: column of a run's summary that is compared; or, with a target, of its rows.
+        metric: column of a run's summary, or of its last round, that is compared; with a target, of its rows.
         target: what the metric has to reach; then the first `along` where it does is compared, less is better, and
             a run that never does counts as its end.
         along: "round" or another column that grows, "simulated_seconds", "bytes_up".
