@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_LOG_LEVEL": "ERROR",
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "PYTHONWARNINGS": "ignore", "JAX_PLATFORMS": "cpu",
 }  # fmt: skip
+PATIENCE = 300.0  # seconds for one answer; the slowest rule of the slowest framework takes 50
 
 
 class PeerError(RuntimeError):
@@ -95,6 +97,9 @@ class Peer:
 
     def _answer(self) -> Mapping[str, Any]:
         assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], PATIENCE)[0]:  # a line is one whole answer
+            self._process.kill()
+            raise PeerError(f"{self.name} was silent for {PATIENCE} s")
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()

@@ -91,7 +91,8 @@ def main() -> None:
         server_app=server, client_app=clients, num_supernodes=registered,
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-            "init_args": {"num_cpus": CORES, "include_dashboard": False, "logging_level": "ERROR"},
+            # "local": never a cluster that somebody else has started on this machine.
+            "init_args": {"address": "local", "num_cpus": CORES, "include_dashboard": False, "logging_level": "ERROR"},
         },
     )  # fmt: skip
 
