@@ -5,27 +5,21 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from torch import nn
-
 from fedsim.engine import measured
 from fedsim.engine.captured import Captured
 from fedsim.engine.sequential import Sequential
+from fedsim.engine.table import microseconds, shapes
 from fedsim.engine.task import Engine, Task
-from fedsim.engine.vectorized import Vectorized
+from fedsim.engine.vectorized import Vectorized, chunk_rows
 from fedsim.errors import UserError
-
-TINY, FEW = 5_000, 32  # parameters up to which, and clients from which on, an operation on a batch of them wins
-GENERIC_PAYS = 20_000  # parameters up to which `torch.func` over rows beats one client after another on a CPU
 
 
 def make_engine(task: Task, name: str, cohort: int, threads: int, **arguments: Any) -> tuple[Engine, str]:
     """Return the engine of a name, and why where the name is "auto".
 
-    First comes the user's own row of the table, which `fedsim bench --save` has written. The table: on an
-    accelerator, `vectorized` whenever clients can be batched. On a CPU `vectorized` with recorded steps wherever a
-    step can be recorded, but for large cohorts of tiny models, which are batched. Where it cannot, `sequential` for
-    models that convolve (batched convolutions are 1.3 to 3 times slower there than one client's) and for a lone
-    client, and `vectorized` for the others, without fused kernels only up to 20,000 parameters.
+    First comes the user's own row of the table, which `fedsim bench --save` has written. Then, on an accelerator,
+    `vectorized` whenever clients can be batched; on a CPU the cheapest by `engine.table` of what runs the task:
+    recorded steps, a batch of clients by fused or generic kernels, or `sequential`.
 
     Args:
         task: what all rounds share.
@@ -61,29 +55,47 @@ def make_engine(task: Task, name: str, cohort: int, threads: int, **arguments: A
     return _by_table(task, cohort, threads)
 
 
-def _captures(task: Task, cohort: int) -> bool:
-    """Say whether clients one after another without Python beat a batch of them, on a CPU."""
-    return task.shared.size > TINY or cohort <= FEW
-
-
 def _by_table(task: Task, cohort: int, threads: int) -> tuple[Engine, str]:
     """Look an engine up; see `make_engine`."""
-    on_cpu = task.device.type == "cpu"
-    if on_cpu and _captures(task, cohort):
-        with contextlib.suppress(ValueError):
-            return Captured(task, threads=threads), "a step can be recorded, on a CPU"
-    if on_cpu and any(isinstance(module, nn.Conv2d) for module in task.module.modules()):
-        return Sequential(task), "the model convolves, on a CPU"
-    if on_cpu and cohort == 1:
-        return Sequential(task), "one client a round"
-    try:
-        engine = Vectorized(task, threads=threads)
-    except ValueError as error:
-        return Sequential(task), str(error)
-    if on_cpu and engine.plan["kernels"] == "generic" and task.shared.size > GENERIC_PAYS:
-        engine.close()
-        return Sequential(task), "a layer or the objective has no fused kernel, on a CPU"
-    return engine, f"{engine.plan['kernels']} kernels fit"
+    if task.device.type != "cpu":
+        try:
+            engine = Vectorized(task, threads=threads)
+        except ValueError as error:
+            return Sequential(task), str(error)
+        return engine, f"{engine.plan['kernels']} kernels fit"
+    refused = ""
+    for kernels in _cheapest_first(task, cohort, threads):
+        if kernels == "sequential":
+            return Sequential(task), refused or "one client after another is cheapest here, on a CPU"
+        try:
+            return _with_kernels(task, threads, kernels)
+        except ValueError as error:
+            refused = str(error)
+    raise AssertionError("the sequential engine runs every task")
+
+
+def _cheapest_first(task: Task, cohort: int, threads: int) -> list[str]:
+    """Return `sequential` and the kernels of `vectorized`, in ascending cost of a round on a CPU."""
+    given, rows = shapes(task, cohort, threads), chunk_rows(task)
+    cost = {
+        "captured": microseconds("captured", given),
+        "fused": microseconds("fused", given, rows),
+        "generic": microseconds("generic", given, rows),
+        "sequential": microseconds("sequential", given),
+    }
+    return sorted(cost, key=lambda name: cost[name])
+
+
+def _with_kernels(task: Task, threads: int, kernels: str) -> tuple[Engine, str]:
+    """Return `vectorized` with some kernels, and why.
+
+    Raises:
+        ValueError: they do not fit.
+
+    """
+    if kernels == "captured":
+        return Captured(task, threads=threads), "a step can be recorded, on a CPU"
+    return Vectorized(task, threads=threads, kernels=kernels), f"{kernels} kernels fit"
 
 
 def _rows_of_one_program(
@@ -101,7 +113,9 @@ def _rows_of_one_program(
                 f"engine.chunk={chunk} is for fused and generic kernels; captured clients train one by one"
             )
         return Captured(task, threads=threads)
-    if kernels == "auto" and chunk is None and task.device.type == "cpu" and _captures(task, cohort):
-        with contextlib.suppress(ValueError):
-            return Captured(task, threads=threads)
+    if kernels == "auto" and chunk is None and task.device.type == "cpu":
+        for name in _cheapest_first(task, cohort, threads):
+            if name != "sequential":
+                with contextlib.suppress(ValueError):
+                    return _with_kernels(task, threads, name)[0]
     return Vectorized(task, threads=threads, kernels=kernels, chunk=chunk)

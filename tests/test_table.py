@@ -1,0 +1,125 @@
+"""The table behind engine=auto counts a round's work from shapes, and from nothing else."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedsim.clients.cross_entropy import CrossEntropy
+from fedsim.contracts import Partition
+from fedsim.engine.auto import make_engine
+from fedsim.engine.store import ClientStore
+from fedsim.engine.table import COSTS, Cost, Shapes, microseconds, shapes
+from fedsim.engine.task import Task
+from fedsim.layout import Layout
+from fedsim.local import LocalTraining
+from fedsim.models.mlp import mlp
+
+
+def make_task(module, x, sizes, **training):
+    sizes = np.array(sizes)
+    return Task(
+        module=module,
+        shared=Layout.of(dict(module.named_parameters())),
+        local=Layout((), ()),
+        buffers=Layout((), ()),
+        objective=CrossEntropy(),
+        training=LocalTraining(**{"lr": 0.1, "batch_size": 4, **training}),
+        x=x,
+        y=torch.zeros(len(x), dtype=torch.int64),
+        partition=Partition(np.arange(sizes.sum()) % len(x), np.concatenate([[0], np.cumsum(sizes)])),
+        store=ClientStore(len(sizes), {}),
+    )
+
+
+def test_shapes_of_an_mlp_by_hand():
+    task = make_task(mlp((8,), 5, hidden=(6,)), torch.zeros(10, 8), [10, 5, 0], local_epochs=2)
+    found = shapes(task, cohort=2, threads=1)
+    assert found.parameters == 8 * 6 + 6 + 6 * 5 + 5
+    assert found.operations == 3  # two affine maps and a rectifier; views are free
+    assert found.products == 4 * (8 * 6 + 6 * 5)  # a batch of 4
+    assert found.convolutions == 0
+    assert found.steps.tolist() == [6, 4]  # whoever has samples: 2 epochs of ceil(n / 4)
+
+
+def test_shapes_of_a_convolution_by_hand():
+    module = nn.Sequential(nn.Conv2d(3, 7, 3, padding=1), nn.Flatten(), nn.Linear(7 * 5 * 5, 2))
+    found = shapes(make_task(module, torch.zeros(8, 3, 5, 5), [8]), cohort=1, threads=1)
+    assert found.convolutions == 4 * 25 * 7 * 3 * 9  # positions × outputs × inputs × kernel
+    assert found.products == 4 * 175 * 2
+
+
+def test_a_batch_is_no_larger_than_clients_are():
+    task = make_task(mlp((8,), 5, hidden=()), torch.zeros(6, 8), [3, 3], batch_size=64)
+    assert shapes(task, cohort=2, threads=1).products == 3 * 8 * 5
+
+
+def test_counting_leaves_the_module_as_it_was():
+    module = mlp((8,), 5, hidden=(6,))
+    task = make_task(module, torch.zeros(10, 8), [10])
+    module.train()
+    before = [p.clone() for p in module.parameters()]
+    shapes(task, cohort=1, threads=1)
+    assert module.training
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+UNIT = Cost(step=100.0, operation=10.0, parameter=0.1, product=0.01, convolution=0.02)
+
+
+@pytest.fixture
+def unit(monkeypatch):
+    monkeypatch.setitem(COSTS, "fused", UNIT)
+    monkeypatch.setitem(COSTS, "sequential", UNIT)
+
+
+def given(steps=(4, 4), cohort=6, threads=1):
+    return Shapes(50, 3, 200.0, 100.0, np.array(steps), cohort, threads)
+
+
+def test_a_round_by_hand(unit):
+    # program 100 + 3 · 10 = 130; a client's step 50 · 0.1 + 200 · 0.01 + 100 · 0.02 = 9
+    assert microseconds("sequential", given()) == pytest.approx(4 * 6 * (130 + 9))
+    assert microseconds("fused", given(), 6) == pytest.approx(4 * (130 + 6 * 9))
+    assert microseconds("fused", given(), 100) == pytest.approx(4 * (130 + 6 * 9))
+    assert microseconds("fused", given(), 4) == pytest.approx(4 * (2 * 130 + 6 * 9))
+
+
+def test_threads_train_programs_side_by_side_but_no_more_than_there_are(unit):
+    assert microseconds("fused", given(threads=2), 3) == pytest.approx(4 * (2 * 130 + 6 * 9) / 2)
+    assert microseconds("fused", given(threads=2), 6) == microseconds("fused", given(), 6)
+    assert microseconds("sequential", given(threads=2)) == microseconds("sequential", given())
+
+
+def test_a_chunk_takes_as_many_steps_as_its_longest_client(unit):
+    # mean 4, longest 6: the one chunk of six rows walks 6 steps, while its rows' own work is 4 steps a row
+    assert microseconds("fused", given(steps=(6, 2)), 6) == pytest.approx(6 * 130 + 4 * 6 * 9)
+    assert microseconds("sequential", given(steps=(6, 2))) == pytest.approx(4 * 6 * (130 + 9))
+
+
+def network(width):
+    return make_task(mlp((64,), 10, hidden=(width,)), torch.zeros(40, 64), [20] * 200, batch_size=10)
+
+
+@pytest.mark.parametrize(
+    ("width", "cohort", "kernels"),
+    [(4, 200, "fused"), (4, 2, "captured"), (2000, 200, "captured")],
+    ids=["many small clients", "two of them", "many large ones"],
+)
+def test_many_small_clients_are_batched_and_large_ones_stay_in_the_cache(width, cohort, kernels):
+    engine, _ = make_engine(network(width), "auto", cohort=cohort, threads=1)
+    assert engine.plan["kernels"] == kernels
+    engine.close()
+
+
+def test_the_same_shapes_get_the_same_engine_whatever_the_weights_and_the_data():
+    plans = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        task = network(30)
+        with torch.no_grad():
+            task.x.normal_()
+        engine, why = make_engine(task, "auto", cohort=20, threads=1)
+        plans.append((dict(engine.plan), why))
+        engine.close()
+    assert plans[0] == plans[1]
