@@ -79,11 +79,11 @@ def microseconds(engine: str, given: Shapes, chunk: int = 1) -> float:
     return float(given.steps.mean() * total / side_by_side)
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch states no types here
     """Counts what a forward does, as torch's own kernels are called for it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations, self.products, self.convolutions = 0, 0.0, 0.0
 
     def __torch_dispatch__(
