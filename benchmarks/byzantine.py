@@ -1,6 +1,7 @@
 """Rules × attacks × heterogeneity on the digits: final test accuracy, mean over seeds with its 95 % interval.
 
-    python -m benchmarks.byzantine [--seeds N] [--alphas A,…] [--json FILE] [override ...]
+    python -m benchmarks.byzantine [--seeds N] [--alphas A,…] [--json FILE] [--picture FILE] [override ...]
+    python -m benchmarks.byzantine --of FILE --picture FILE       what was written before, drawn
 
 20 clients, all in every round, 4 of them Byzantine; every rule that has to be told is told 4. Logistic regression, 20
 rounds, one local rate for all: nothing is tuned for any cell, so that a row compares rules under one setting and no
@@ -72,24 +73,65 @@ def table(alpha: float, figures: dict[str, dict[str, list[float]]]) -> str:
     return "\n".join(lines)
 
 
+def picture(figures: dict[str, dict[str, dict[str, list[float]]]], path: Path) -> None:
+    """Draw mean accuracies, rules × attacks, a panel for each setting.
+
+    Args:
+        figures: setting → rule → attack → accuracy of each seed.
+        path: of the PNG.
+
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    first = next(iter(figures.values()))
+    rules, attacks = list(first), list(next(iter(first.values())))
+    width = 2.6 + 0.75 * len(attacks) * len(figures)
+    figure = Figure(figsize=(width, 1.6 + 0.42 * len(rules)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(figures), squeeze=False, sharey=True)[0]
+    for axes, (setting, rows) in zip(panels, figures.items(), strict=True):
+        means = [[100 * sum(rows[rule][attack]) / len(rows[rule][attack]) for attack in attacks] for rule in rules]
+        image = axes.imshow(means, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+        axes.set_title(setting.replace("alpha=", "α = "))
+        axes.set_xticks(range(len(attacks)), attacks, rotation=35, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(rules)), rules)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        for i, row in enumerate(means):
+            for j, value in enumerate(row):
+                dark = value < 60  # of the colour map: white is read on it
+                axes.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if dark else "black")
+    figure.colorbar(image, ax=list(panels), label="test accuracy, %", shrink=0.9)
+    figure.savefig(path)
+
+
 def main() -> None:
-    """Run all cells and print a table for each α."""
+    """Run all cells, print a table for each α, and draw them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--alphas", default="0.1,1", help="of the Dirichlet partition, by commas")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run's accuracy there")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw rules × attacks there, a PNG")
+    parser.add_argument("--of", type=Path, metavar="FILE", help="run nothing: take the figures of an earlier --json")
     parser.add_argument("overrides", nargs="*", help="for all runs, e.g. num_rounds=50")
     given = parser.parse_args()
-    results: dict[str, object] = {"machine": harness.machine()}
-    for alpha in map(float, given.alphas.split(",")):
-        figures = {
-            rule: {attack: accuracies(rule, attack, alpha, given.seeds, given.overrides) for attack in ATTACKS}
-            for rule in RULES
-        }
-        results[f"alpha={alpha:g}"] = figures
-        print(f"\n{table(alpha, figures)}", flush=True)
+    if given.of:
+        stored = json.loads(given.of.read_text(encoding="utf-8"))
+        figures = {setting: rows for setting, rows in stored.items() if setting.startswith("alpha=")}
+    else:
+        figures = {}
+        for alpha in map(float, given.alphas.split(",")):
+            figures[f"alpha={alpha:g}"] = rows = {
+                rule: {attack: accuracies(rule, attack, alpha, given.seeds, given.overrides) for attack in ATTACKS}
+                for rule in RULES
+            }
+            print(f"\n{table(alpha, rows)}", flush=True)
     if given.json:
+        results = {"machine": harness.machine(), **figures}
         given.json.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if given.picture:
+        picture(figures, given.picture)
 
 
 if __name__ == "__main__":
