@@ -226,6 +226,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import fedsim
+from fedsim.testing import check_client
 from <package>.<name> import <class>
 
 
@@ -239,6 +240,10 @@ def test_by_hand():
     logits = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.float64)
     expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert loss(<class>(smoothing=0.5), logits, torch.tensor([0])).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_laws():
+    check_client(<class>())
 
 
 def test_limit_cross_entropy():

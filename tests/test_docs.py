@@ -123,7 +123,7 @@ def _blocks(page):
 
 def _capped(words):
     """The same command with few rounds; a resumed run may have twice as many."""
-    if words[0] not in ("run", "sweep"):
+    if words[0] not in ("run", "sweep", "tune"):
         return words
     most = 2 * MOST_ROUNDS if any(word.startswith("resume=") for word in words) else MOST_ROUNDS
     kept = [word for word in words if not word.startswith("num_rounds=")]
