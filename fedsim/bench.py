@@ -193,8 +193,9 @@ def _start(side: Side, config: Config, folder: Path) -> None:
             side.warm = _round(side.loop)
         side.plan, side.memory = experiment.plan, peak.bytes
         side.first = (side.loop.weights - experiment.initial).cpu().double()
-    except (UserError, torch.OutOfMemoryError) as error:
-        side.refusal = str(error).splitlines()[0]
+    except Exception as error:  # whatever ails one engine, the others can be measured
+        first = (str(error).strip().splitlines() or [""])[0]
+        side.refusal = first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
 
 
 def _close(side: Side) -> None:

@@ -96,6 +96,20 @@ def test_what_does_not_run_says_why(few, monkeypatch):
     assert any(line.startswith("vectorized, fused: does not run: ") and "none such" in line for line in found.lines())
 
 
+def test_an_engine_that_fails_leaves_the_others_to_be_measured(few, monkeypatch):
+    original = module._round
+
+    def fails(loop):
+        if loop.experiment.engine.plan["engine"] == "sequential":
+            raise ZeroDivisionError("so it is")
+        return original(loop)
+
+    monkeypatch.setattr(module, "_round", fails)
+    found = bench(compose(TINY), seconds=1.0)
+    assert found.sides[0].refusal == "ZeroDivisionError: so it is"
+    assert found.best.seconds
+
+
 def test_an_engine_that_is_asked_for_is_a_side_of_its_own():
     named = module._engines(compose([*TINY, "engine=vectorized", "engine.chunk=2"]))
     assert named["as given"] == {"name": "vectorized", "chunk": 2, "kernels": "auto"}
