@@ -1,7 +1,7 @@
 """An exported run: as Flower's messages in this process, and on a real SuperLink and three SuperNodes on loopback.
 
 On loopback every message starts a process that loads torch, so those tests take a minute on two cores: they run where
-FEDSIM_DEPLOYMENT=1, as in CI.
+FEDSIM_DEPLOYMENT=1.
 """
 
 import contextlib
