@@ -25,12 +25,14 @@ from fedsim.config import compose
 from fedsim.console import Observer
 from fedsim.contracts import Partition
 from fedsim.engine.parcel import from_bytes, pack, sendable, to_bytes, unpack
+from fedsim.engine.pool import Event, Rooms, WorkersLost
 from fedsim.engine.rounds import Trainer
 from fedsim.engine.sequential import Sequential
 from fedsim.engine.shared import Memory, memory_of, share
 from fedsim.engine.store import ClientStore
 from fedsim.engine.task import Job, Task
-from fedsim.engine.workers import AHEAD, Distributed, Event, Rooms, WorkersLost
+from fedsim.engine.worker import train_block
+from fedsim.engine.workers import AHEAD, Distributed
 from fedsim.errors import ClientError, UserError
 from fedsim.layout import Layout
 from fedsim.local import LocalTraining
@@ -129,25 +131,24 @@ class Chaos:
     def publish(self, job):
         self.common = {"models": job.models, "broadcasts": job.broadcasts, "buffers": job.buffers}
 
-    def give(self, worker, part, place):
-        self.pending[worker] = (replace(part, models={}, broadcasts={}), place)
+    def give(self, worker, part, place, shares):
+        self.pending[worker] = (replace(part, models={}, broadcasts={}), place, shares)
 
     def wait(self):
         worker = self.rng.choice(sorted(self.pending))
         task = self.pending.pop(worker)
         if task is None:
             return [Event("ready", worker)]
-        part, place = task
+        part, place, shares = task
+        rows = self.rooms[place.room][place.low : place.low + (len(part) if shares is None else 1)]
         first = int(part.clients[0])
         if self.deaths.get(first, 0) < self.most and self.rng.random() < self.deadly:
             self.pending[worker] = None
             self.deaths[first] = self.deaths.get(first, 0) + 1
-            # It has written some of its rows.
-            self.rooms[place.room][place.low : place.low + len(part)] = 1e9
+            rows[:] = 1e9  # half done
             return [Event("lost", worker, "killed")]
-        out = self.rooms[place.room][place.low : place.low + len(part)]
         try:
-            block = self.engine.train(replace(part, **self.common), out)
+            block = train_block(self.engine, replace(part, **self.common), shares, rows)
         except Exception as error:
             return [Event("failed", worker, error)]
         self.trained.append(part.clients.tolist())
@@ -175,7 +176,9 @@ def test_neither_order_nor_deaths_change_a_bit(seed, num_workers, deadly):
         trainer = Trainer(distributed(task, *how))
         held, _ = trainer.collect(make_job(task, weights))
         streamed, _ = trainer.stream(make_job(task, weights), coefficients)
-        results.append((held.updates.clone(), held.weights, streamed.streamed.mean, streamed.clients))
+        summed, _ = trainer.stream(make_job(task, weights), lambda cohort: cohort.weights)
+        means = (streamed.streamed.mean, summed.streamed.mean)
+        results.append((held.updates.clone(), held.weights, *means, streamed.clients, summed.clients))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
@@ -205,6 +208,22 @@ def test_the_longest_block_starts_first_and_few_are_held():
     assert engine.pool.trained == [[2], [3], [6], [0], [4], [5], [1]]
     held = sum(len(rows) for rows in engine.pool.rooms._rooms.values())
     assert held == 1 + AHEAD < len(SIZES)
+
+
+def test_sums_come_back_in_place_of_rows_where_coefficients_are_known():
+    means = []
+    for make in (Sequential, lambda task: distributed(task, 2, seed=3)):
+        task, weights = make_task()
+        task.x[8] = torch.inf  # of client 2, whose row is dropped
+        trainer = Trainer(make(task))
+        cohort, _ = trainer.stream(make_job(task, weights), lambda cohort: cohort.weights)
+        assert trainer.bad == [2]
+        assert cohort.clients.tolist() == [0, 1, 3, 4, 5, 6]
+        means.append(cohort.streamed.mean)
+    torch.testing.assert_close(*means, rtol=1e-12, atol=1e-14)  # another order of sums
+    assert [len(rows) for rows in trainer.engine.pool.rooms._rooms.values()] == [1] * (2 + AHEAD)
+    task, weights = make_task(store=ClientStore(len(SIZES), {"memory": torch.zeros(2)}))
+    assert distributed(task).train_sum is None  # its state says whether a row is good
 
 
 def test_a_block_that_ends_every_worker_is_laid_on_its_client():

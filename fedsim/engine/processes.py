@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsim.engine.parcel import Parcel, Spec, from_bytes, pack, specify, view
+from fedsim.engine.parcel import Parcel, Spec, from_bytes, pack, specify, to_bytes, view
+from fedsim.engine.pool import Event, Place, Rooms, WorkersLost, refused
 from fedsim.engine.shared import Memory, memory_of
 from fedsim.engine.task import Block, Job
 from fedsim.engine.worker import Setup, Told
-from fedsim.engine.workers import Event, Place, Rooms, WorkersLost, refused
 
 _PRELOADED = "fedsim.engine.worker"
 _GRACE = 5.0  # seconds in which a worker without work ends by itself
@@ -65,7 +65,7 @@ def _serve(pipe: connection.Connection, environ: Mapping[str, str], folder: str)
 
 
 class Processes:
-    """A pool of processes; `workers.Pool`.
+    """A pool of processes; `pool.Pool`.
 
     Args:
         parcel: of the task.
@@ -96,7 +96,7 @@ class Processes:
         self._common = (parcel.text, self._store("common", parcel.arrays))
         self._number += 1
 
-    def give(self, worker: int, part: Job, place: Place) -> None:
+    def give(self, worker: int, part: Job, place: Place, shares: Tensor | None) -> None:
         """Let a worker train a block."""
         mine = self._workers[worker]
         mine.busy, mine.told = True, (place, len(part))
@@ -118,7 +118,8 @@ class Processes:
                 mine.shared = self._number
             for name in (updates, *(memory for memory, _, _ in fields.values())):
                 mine.map(name, self._memories[name])
-            told = Told(bare, place.low, (updates, tuple(self.rooms[place.room].shape)), fields)
+            share = None if shares is None else to_bytes(shares)
+            told = Told(bare, place.low, share, (updates, tuple(self.rooms[place.room].shape)), fields)
             mine.pipe.send(("train", told))
 
     def wait(self) -> list[Event]:

@@ -16,11 +16,12 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedsim.engine.parcel import Bytes, Parcel, from_bytes, pack, sendable, to_bytes, unpack
+from fedsim.engine.pool import Event, Place, Rooms, WorkersLost, refused
 from fedsim.engine.task import Block, Job, Task
 from fedsim.engine.worker import Runner, Setup
-from fedsim.engine.workers import Event, Place, Rooms, WorkersLost, refused
 from fedsim.errors import UserError
 
 PATIENCE = 300.0  # seconds for which a cluster without a single worker of ours may find room for one
@@ -85,7 +86,7 @@ class Cluster:
 
 
 class Actors:
-    """A pool of Ray actors; `workers.Pool`.
+    """A pool of Ray actors; `pool.Pool`.
 
     Args:
         cluster: where they live.
@@ -114,13 +115,13 @@ class Actors:
         common = {"models": job.models, "broadcasts": job.broadcasts, "buffers": job.buffers}
         self._common = (self._common[0] + 1, self._ray.put(_sent(pack(common))))
 
-    def give(self, worker: int, part: Job, place: Place) -> None:
+    def give(self, worker: int, part: Job, place: Place, shares: Tensor | None) -> None:
         """Let a worker train a block."""
-        self._told[worker] = (place, len(part))
+        self._told[worker] = (place, len(part) if shares is None else 1)
         bare = replace(part, models={}, broadcasts={}, buffers=part.buffers[:0])
         number, common = self._common
         # In a list, the store's reference stays one: the actor fetches what it stands for once a round.
-        ref = self._actors[worker].train.remote(number, [common], _sent(pack(bare)))
+        ref = self._actors[worker].train.remote(number, [common], _sent(pack((bare, shares))))
         self._refs[ref] = worker
 
     def wait(self) -> list[Event]:
@@ -214,8 +215,8 @@ class _Actor:
         try:
             if number != self.number:
                 self.common, self.number = unpack(self._get(refs[0]), runner.device), number
-            job = replace(unpack(_parcel(sent), runner.device), **self.common)
-            block, updates = runner.train(job)
+            bare, shares = unpack(_parcel(sent), runner.device)
+            block, updates = runner.train(replace(bare, **self.common), shares)
         except Exception as error:
             return "failed", sendable(error)
         return "done", [

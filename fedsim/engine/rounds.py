@@ -16,8 +16,8 @@ from fedsim.contracts import Cohort, Streamed, Sums
 from fedsim.engine.blocks import concatenate, merge, select
 from fedsim.engine.halving import Change, Halving
 from fedsim.engine.hosted import Hosted
+from fedsim.engine.pool import WorkersLost
 from fedsim.engine.task import Block, Engine, Job, num_steps, room
-from fedsim.engine.workers import WorkersLost
 from fedsim.errors import ClientError, UserError
 from fedsim.linalg import finite_rows
 from fedsim.local import Int64
@@ -207,7 +207,7 @@ class Trainer:
         started = time.perf_counter()
         try:
             block = train_sum(job, c, total)
-        except (torch.OutOfMemoryError, UserError):
+        except (torch.OutOfMemoryError, UserError, WorkersLost):
             raise
         except Exception:
             total.zero_()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedsim.engine.auto import make_engine
-from fedsim.engine.parcel import Parcel, sendable, to_bytes, unpack, view
+from fedsim.engine.parcel import Bytes, Parcel, from_bytes, sendable, to_bytes, unpack, view
 from fedsim.engine.shared import Memory
 from fedsim.engine.task import Block, Engine, Job, Task
 
@@ -76,15 +76,39 @@ class Runner:
         if dict(self.engine.plan) != setup.plan:
             raise RuntimeError(f"a worker resolved the plan {self.engine.plan}, the run {setup.plan}")
 
-    def train(self, job: Job, out: Tensor | None = None) -> tuple[Block, Tensor]:
-        """Train a block; return it and its updates (k, D), which are `out` where that is given and in reach."""
-        rows = out
+    def train(self, job: Job, shares: Tensor | None, out: Tensor | None = None) -> tuple[Block, Tensor]:
+        """Train a block; return it and its updates (k, D), or with shares (k,) their sum (1, D).
+
+        Where `out` is given, they are written there.
+        """
+        rows, count = out, len(job) if shares is None else 1
         if rows is None or rows.device != self.device:
-            rows = torch.empty(len(job), self.task.shared.size, dtype=self.task.dtype, device=self.device)
-        block = self.engine.train(job, rows)
+            rows = torch.empty(count, self.task.shared.size, dtype=self.task.dtype, device=self.device)
+        try:
+            block = train_block(self.engine, job, shares, rows)
+        except torch.OutOfMemoryError:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # the run tries smaller blocks
+            raise
         if out is not None and rows is not out:
             out.copy_(rows)
         return block, rows if out is None else out
+
+
+def train_block(engine: Engine, job: Job, shares: Tensor | None, out: Tensor) -> Block:
+    """Write the updates of a block's rows into out (k, D), or with shares (k,) Σ c_k Δ_k of finite ones (1, D)."""
+    if shares is None:
+        return engine.train(job, out)
+    shares = shares.to(out.device)
+    train_sum = getattr(engine, "train_sum", None)
+    if train_sum is not None:
+        block: Block = train_sum(job, shares, out.zero_()[0])
+        return block
+    rows = out.new_empty(len(job), out.shape[1])
+    block = engine.train(job, rows)
+    good = torch.isfinite(block.square_norms)  # (k,)
+    torch.mv(rows[good].T, shares[good].to(out.dtype), out=out[0])
+    return block
 
 
 class Told(NamedTuple):
@@ -92,6 +116,7 @@ class Told(NamedTuple):
 
     job: Job  # without models, broadcasts, buffers and state
     low: int  # first row of each field
+    shares: Bytes | None  # (k,), where the rows' sum is wanted
     updates: tuple[str, tuple[int, ...]]  # memory and shape of the rows (R, D)
     fields: dict[str, tuple[str, tuple[int, ...], torch.dtype]]  # "given/…", "state/…", "extras/…"
 
@@ -152,14 +177,15 @@ class _Desk:
     def train(self, told: Told) -> tuple[str, Any]:
         runner, count = self.runner, len(told.job)
         assert runner is not None  # the task comes first
-        rows = slice(told.low, told.low + count)
+        rows = slice(told.low, told.low + (count if told.shares is None else 1))
         fields = {
             name: _field(self.memories[memory], shape, dtype)[rows]
             for name, (memory, shape, dtype) in told.fields.items()
         }
         given = {n.removeprefix("given/"): v.to(runner.device) for n, v in fields.items() if n.startswith("given/")}
         out = _field(self.memories[told.updates[0]], told.updates[1], runner.task.dtype)[rows]
-        block, _ = runner.train(replace(told.job, state=given, **self.common), out)
+        shares = None if told.shares is None else from_bytes(told.shares)
+        block, _ = runner.train(replace(told.job, state=given, **self.common), shares, out)
         kept = _put("state/", block.state, fields)
         extras = _put("extras/", block.extras, fields)
         small = [to_bytes(v) for v in (block.square_norms, block.weights, block.num_steps, block.buffers)]

@@ -2,110 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedsim.engine.blocks import merge, moved
+from fedsim.engine.pool import Event, Place, Pool
 from fedsim.engine.task import Block, Job, Task
 
 ATTEMPTS = 3  # workers that a block may end before it is held to be the block's fault
 AHEAD = 2  # blocks of a stream that are held beside those in training
 
 
-class WorkersLost(RuntimeError):
-    """There is nobody left to train: workers cannot be started."""
-
-
-def refused(error: BaseException) -> WorkersLost:
-    """Say that a worker cannot be set up, and what mends it where that is known."""
-    missing = isinstance(error, ImportError | AttributeError)
-    hint = "; its classes must stand in modules that a worker can import" if missing else ""
-    return WorkersLost(f"a worker cannot take the task ({type(error).__name__}: {error}){hint}")
-
-
-class Place(NamedTuple):
-    """Where the rows of a block go."""
-
-    room: str
-    low: int  # first row
-
-
-class Event(NamedTuple):
-    """What a pool tells of a worker.
-
-    "ready"; "done" with a block; "failed" with an exception that training raised; "lost" with why it is gone, where
-    another takes its place; "broken" with an exception where nobody can.
-    """
-
-    kind: str
-    worker: int
-    content: Any = None
-
-
-class Rooms:
-    """Named rows that blocks are written into, used again in every round.
-
-    Args:
-        make: returns rows (count, D) on the CPU for (name, count).
-
-    """
-
-    def __init__(self, make: Callable[[str, int], Tensor]) -> None:
-        self._make = make
-        self._rooms: dict[str, Tensor] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._rooms[name]
-
-    def ask(self, name: str, count: int) -> Tensor:
-        """Return rows (≥ count, D), the same ones until more are asked for."""
-        if name not in self._rooms or len(self._rooms[name]) < count:
-            self._rooms[name] = self._make(name, count)
-        return self._rooms[name]
-
-    def place(self, out: Tensor) -> Place | None:
-        """Say which rows of a room these are; None where they are of none."""
-        for name, rows in self._rooms.items():
-            if rows.numel() and out.is_contiguous() and out.dtype == rows.dtype and out.device == rows.device:
-                offset = (out.data_ptr() - rows.data_ptr()) // rows.element_size()
-                if 0 <= offset < rows.numel():
-                    return Place(name, offset // rows.shape[1])
-        return None
-
-
-class Pool(Protocol):
-    """Workers and how to reach them. Each trains one block at a time."""
-
-    rooms: Rooms
-
-    def publish(self, job: Job) -> None:
-        """Tell all workers, late ones too, what the blocks to come share: models, broadcasts, buffers."""
-        ...
-
-    def give(self, worker: int, part: Job, place: Place) -> None:
-        """Let a worker train a block; it may be dead."""
-        ...
-
-    def wait(self) -> list[Event]:
-        """Wait until something happens. The first call starts the workers."""
-        ...
-
-    def close(self) -> None:
-        """End the workers."""
-        ...
-
-
 class _Order:
     """A block that somebody trains, or will."""
 
-    def __init__(self, part: Job, place: Place) -> None:
-        self.part, self.place = part, place
+    def __init__(self, part: Job, place: Place, shares: Tensor | None = None) -> None:
+        self.part, self.place, self.shares = part, place, shares
         self.deaths = 0
         self.outcome: Block | BaseException | None = None
 
@@ -166,13 +85,41 @@ class Distributed:
             out.copy_(rows)
         return moved(merge(blocks), self.task.device)
 
-    def stream(self, parts: Sequence[Job]) -> Iterator[tuple[int, Callable[[], tuple[Block, Tensor]]]]:
+    @property
+    def train_sum(self) -> Callable[[Job, Tensor, Tensor], Block] | None:
+        """What adds Σ c_k Δ_k of a job's finite rows to a total (D,); None where clients send more than updates.
+
+        For then their weights, or whether a row is good, are known only from what comes back.
+        """
+        task = self.task
+        simple = not (task.stateful or task.buffers.size or hasattr(task.objective, "finish"))
+        return self._train_sum if simple else None
+
+    def _train_sum(self, job: Job, coefficients: Tensor, total: Tensor) -> Block:
+        size = self.chunk or self.plan["block"]
+        lows = range(0, len(job), size)
+        parts = [job.part(low, min(low + size, len(job))) for low in lows]
+        blocks: dict[int, Block] = {}
+        with contextlib.closing(self.stream(parts, [coefficients[low : low + size] for low in lows])) as sums:
+            for number, finish in sums:
+                blocks[number], row = finish()
+                total += row[0]
+        return merge([blocks[number] for number in range(len(parts))])
+
+    def stream(
+        self, parts: Sequence[Job], shares: Sequence[Tensor] | None = None
+    ) -> Iterator[tuple[int, Callable[[], tuple[Block, Tensor]]]]:
         """Train blocks side by side; yield (number, what waits for its block and rows), the longest first.
 
         The order depends on the blocks alone. Rows (k, D) are there until the next number is asked for; at most
         workers + 2 blocks are held.
+
+        Args:
+            parts: the blocks.
+            shares: coefficients (k,) of each block; then its rows are one, their sum.
+
         """
-        order, size = deque(self._longest_first(parts)), max(map(len, parts))
+        order, size = deque(self._longest_first(parts)), 1 if shares else max(map(len, parts), default=1)
         free = deque(f"slot {k}" for k in range(self.workers + AHEAD))
         pending: deque[tuple[int, _Order]] = deque()
         try:
@@ -180,7 +127,8 @@ class Distributed:
                 while order and free:
                     number, name = order.popleft(), free.popleft()
                     self.pool.rooms.ask(name, size)
-                    pending.append((number, self._submit(parts[number], Place(name, 0))))
+                    share = shares[number] if shares else None
+                    pending.append((number, self._submit(parts[number], Place(name, 0), share)))
                 number, task = pending.popleft()
                 yield number, partial(self._rows, task)
                 free.append(task.place.room)
@@ -189,7 +137,8 @@ class Distributed:
 
     def _rows(self, order: _Order) -> tuple[Block, Tensor]:
         block = self._result(order)
-        rows = self.pool.rooms.ask(order.place.room, len(order.part))[: len(order.part)]
+        count = len(order.part) if order.shares is None else 1
+        rows = self.pool.rooms[order.place.room][:count]
         return moved(merge([block]), self.task.device), rows.to(self.task.device)
 
     def _longest_first(self, parts: Sequence[Job]) -> list[int]:
@@ -197,14 +146,14 @@ class Distributed:
         work = np.array([_work(self.task, part) for part in parts])
         return [int(k) for k in np.argsort(-work, kind="stable")]
 
-    def _submit(self, part: Job, place: Place) -> _Order:
+    def _submit(self, part: Job, place: Place, share: Tensor | None = None) -> _Order:
         shared = (part.models, part.broadcasts, part.buffers)
         if len(self._shared) != 3 or any(a is not b for a, b in zip(shared, self._shared, strict=True)):
             while self._busy:
                 self._hear()
             self.pool.publish(part)
             self._shared = shared
-        order = _Order(part, place)
+        order = _Order(part, place, share)
         self._waiting.append(order)
         self._hand_out()
         return order
@@ -227,7 +176,7 @@ class Distributed:
         while self._waiting and self._idle:
             worker, order = self._idle.pop(), self._waiting.popleft()
             self._busy[worker] = order
-            self.pool.give(worker, order.part, order.place)
+            self.pool.give(worker, order.part, order.place, order.shares)
 
     def _hear(self) -> None:
         """Wait for something to happen."""
