@@ -5,6 +5,7 @@ of any inner rule, unscaled, and h = κ ⟨Δᵗ, Δᵗ⁻¹⟩ (0 in the first 
     G    α ← clip(α + h, α_min, α_max),   w ← w + α Δᵗ          the new α scales the Δᵗ that it was made of
     SL   s ← clip(s + h, s_min, s_max),   w ← w + Δᵗ            clients train at s · lr from the next round on
     CL   w ← w + Δᵗ                                             sends Δᵗ and K, from which clients move their rates
+What h stands for is −η times the derivative of the loss in the last rate; `fedsim/hypergradient.py` has the exact one.
 The paper clips at γ = 3 (its eq. 16) and γ = 10 (eq. 18); that the intervals are [1/γ, γ] is our reading.
 
 Departs from the paper: SL's rate is relative to lr, as in the released code (h has no unit, a rate of 0.01 has).
