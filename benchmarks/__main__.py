@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import os
+import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -95,6 +96,7 @@ def _show(name: str, result: Mapping[str, Any]) -> None:
         print(f"  {line}")
     for side, why in result.get("left_out", {}).items():
         print(f"  left out: {side}: {why}")
+    sys.stdout.flush()  # an id may take minutes, and the output may be a file
 
 
 def _figure(row: Mapping[str, Any]) -> str:

@@ -65,7 +65,10 @@ def b3(options: harness.Options) -> dict[str, Any]:
 def b4(options: harness.Options) -> dict[str, Any]:
     """Dense layers, where batching clients pays on a CPU too."""
     work = workloads.b4()
-    peers = {"jax": ("jax", "jax_b4.py"), "flower": ("flower", "flower_sim.py")}
+    peers = {
+        "jax": ("jax", "jax_b4.py"), "flower": ("flower", "flower_sim.py"),
+        "flower_tutorial": ("flower", "flower_sim.py", "--style", "tutorial"),
+    }  # fmt: skip
     run = WholeRound(work, cohort=work.cohort)
     title = "cohort 100 of 50 samples, batch 10, MLP 784-200-10"
     engines = (*ENGINES, "vectorized fused")

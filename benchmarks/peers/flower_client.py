@@ -1,7 +1,8 @@
-"""The Flower client of B2, B4 and B8: the tight loop. Apart from the simulation, for Ray's actors to import."""
+"""The Flower clients of B2, B4 and B8: the tight loop, and what tutorials show. For Ray's actors to import."""
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 
 @functools.cache
@@ -42,23 +44,43 @@ def batches(path: str, whole: bool, partition: int) -> tuple:
     return module, x, y, torch.split(mine, 10), lr
 
 
-def client_app(path: str, whole: bool = False) -> ClientApp:
+def lean(module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, order, lr: float) -> torch.nn.Module:
+    """Train as the tight loop does, in the actor's own module."""
+    params = list(module.parameters())
+    for chosen in order:
+        loss = functional.cross_entropy(module(x[chosen]), y[chosen])
+        grads = torch.autograd.grad(loss, params)
+        with torch.no_grad():
+            torch._foreach_add_(params, grads, alpha=-lr)
+    return module
+
+
+def tutorial(module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, order, lr: float) -> torch.nn.Module:
+    """Train as Flower's tutorials do: a model, an optimiser, a criterion and a data loader of the client's own."""
+    module = copy.deepcopy(module)
+    mine = torch.cat(list(order))
+    loader = DataLoader(TensorDataset(x[mine], y[mine]), batch_size=len(order[0]))
+    criterion, optimizer = torch.nn.CrossEntropyLoss(), torch.optim.SGD(module.parameters(), lr=lr)
+    module.train()
+    for images, labels in loader:
+        optimizer.zero_grad()
+        criterion(module(images), labels).backward()
+        optimizer.step()
+    return module
+
+
+def client_app(path: str, whole: bool = False, style: str = "lean") -> ClientApp:
     """Return the client of a workload, or of a whole data set with an order of its own."""
     app = ClientApp()
+    local_round = {"lean": lean, "tutorial": tutorial}[style]
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         module, x, y, order, lr = batches(path, whole, int(context.node_config["partition-id"]))
         module.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        params = list(module.parameters())
-        seen = 0
-        for chosen in order:
-            loss = functional.cross_entropy(module(x[chosen]), y[chosen])
-            grads = torch.autograd.grad(loss, params)
-            with torch.no_grad():
-                torch._foreach_add_(params, grads, alpha=-lr)
-            seen += len(chosen)
-        content = {"arrays": ArrayRecord(module.state_dict()), "metrics": MetricRecord({"num-examples": seen})}
+        trained = local_round(module, x, y, order, lr)
+        seen = sum(len(chosen) for chosen in order)
+        content = {"arrays": ArrayRecord(trained.state_dict()), "metrics": MetricRecord({"num-examples": seen})}
         return Message(content=RecordDict(content), reply_to=message)
 
     return app

@@ -1,6 +1,6 @@
-"""A workload in Flower's own simulation on Ray: the stock FedAvg, and a client that is the tight loop.
+"""A workload in Flower's own simulation on Ray: the stock FedAvg, and a client of `flower_client.py`.
 
-    flower_sim.py WORK [--registered N]           one round a line
+    flower_sim.py WORK [--registered N] [--style tutorial]           one round a line
     flower_sim.py --dataset FILE --rounds N       N rounds end to end (B2), then ends
 
 One core an actor, as many actors as cores. Every actor keeps the data after its first client.
@@ -24,6 +24,7 @@ from flwr.simulation import run_simulation
 parser = argparse.ArgumentParser()
 parser.add_argument("work", nargs="?")
 parser.add_argument("--registered", type=int, help="clients there are; those beyond the workload's own repeat them")
+parser.add_argument("--style", choices=("lean", "tutorial"), default="lean", help="how clients train")
 parser.add_argument("--dataset")
 parser.add_argument("--rounds", type=int)
 given = parser.parse_args()
@@ -86,7 +87,7 @@ def main() -> None:
         server, clients, registered = whole_app(), client_app(given.dataset, whole=True), len(dataset(given.dataset)[3])
     else:
         registered = given.registered or len(workload(given.work)[3])
-        server, clients = server_app(given.work, registered), client_app(given.work)
+        server, clients = server_app(given.work, registered), client_app(given.work, style=given.style)
     run_simulation(
         server_app=server, client_app=clients, num_supernodes=registered,
         backend_config={
