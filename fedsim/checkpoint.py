@@ -110,8 +110,9 @@ def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {"array": _plain(torch.from_numpy(value.copy()), tensors)}
     if isinstance(value, Tensor):
         name = f"t{len(tensors)}"
-        # cloned, because a view of shared storage cannot be saved
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        held = value.detach().to("cpu").contiguous()
+        whole = held.untyped_storage().nbytes() == held.nbytes and not any(held.is_set_to(t) for t in tensors.values())
+        tensors[name] = held if whole else held.clone()  # of shared storage no two tensors can be saved
         return {"tensor": name}
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):

@@ -46,7 +46,7 @@ class Loop:
         self.experiment, self.folder, self.observer = experiment, folder, observer
         self.settings, self.task = experiment.settings, experiment.task
         self.plan = experiment.plan  # as written: a resumed run's is that of the run which it goes on with
-        self.weights = experiment.initial.clone()  # (D,)
+        self.weights = experiment.initial.detach()  # (D,), never written to
         self.round = 0
         self.stopping = Stopping(experiment.settings, experiment.evaluation.every or 1)
         self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0, "record": 0.0}
@@ -113,6 +113,7 @@ class Loop:
         try:
             while self.round < last and self.stopping.reason is None:
                 self.step(self.round + 1)
+                self.backend.cohort = None  # its mean and its versions are models' sizes, and nobody needs them now
                 if self.round % every == 0 or self.round == last or self.stopping.reason:
                     self.save()
         finally:
@@ -151,6 +152,8 @@ class Loop:
         measured = time.perf_counter()
         self.stopping.look(round, row)
         self._record(row, clients)
+        if isinstance(self.strategy, RuleStrategy):
+            self.strategy.cohort = None  # the backend has it
         ended = time.perf_counter()
         times = {
             "train": self._train_seconds() - train, "evaluate": measured - trained, "record": ended - measured,

@@ -229,6 +229,7 @@ def _rounds(
 ) -> Result:
     """Run the rounds and write the results; what was finished is kept whatever happens."""
     loop = Loop(experiment, folder, observer)
+    experiment.initial.data = experiment.initial.new_empty(0)  # the loop's alone, which lets go of them in round 1
     if saved:
         loop.load()
         _keep_plan(experiment, saved, loop, observer)

@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedsim.engine.task import BUFFER, LOCAL, Task
 from fedsim.metrics.classification import Outputs, outputs
 
-EVALUATION_ENTRIES = 1 << 22  # input entries of one evaluation batch
+EVALUATION_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}  # of the largest layer's values of one evaluation batch
+
+_widest: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # module → entries of its largest value of a sample
 
 
 def batch_size(task: Task) -> int:
-    """Return how many samples one evaluation batch holds: a function of the shapes alone."""
-    return max(1, min(4096, EVALUATION_ENTRIES // max(1, task.x[0].numel())))
+    """Return how many samples one evaluation batch holds: a function of the shapes alone.
+
+    An evaluation keeps a few layers' values where training keeps all, so that it needs no more memory.
+    """
+    most = EVALUATION_ENTRIES["cuda" if task.device.type == "cuda" else "cpu"]
+    return max(1, min(4096, most // _entries(task)))
+
+
+def _entries(task: Task) -> int:
+    """Return the entries of the largest value of one sample: its input, or what a layer makes of it."""
+    if task.module not in _widest:
+        sizes = [1, task.x[0].numel()]
+
+        def note(layer: nn.Module, given: object, value: object) -> None:
+            if isinstance(value, Tensor):
+                sizes.append(value.numel())
+
+        hooks = [layer.register_forward_hook(note) for layer in task.module.modules()]
+        try:
+            with torch.no_grad():
+                task.module(task.x[:1])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        _widest[task.module] = max(sizes)
+    return _widest[task.module]
 
 
 def own_parts(task: Task, client: int, buffers: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -56,10 +83,11 @@ def predict(
         params.update({n: v.to(own[n].dtype) for n, v in task.buffers.split(buffers).items()})
     was_training = task.module.training
     task.module.eval()
+    size = batch_size(task)
     try:
         parts = [
             outputs(functional_call(task.module, params, (task.x.index_select(0, chosen),)), task.y[chosen])
-            for chosen in torch.split(positions, batch_size(task))
+            for chosen in torch.split(positions, size)
         ]
     finally:
         task.module.train(was_training)

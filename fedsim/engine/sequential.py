@@ -25,7 +25,7 @@ class Sequential:
     """The reference engine: any module, any objective; `print` and breakpoints work in a loss.
 
     The D shared parameters are views of one flat work vector, so a client costs one copy in and one subtraction
-    out. Convolution weights are kept channels-last beside it, where CPU and GPU kernels want them.
+    out. Where convolution weights are kept channels-last, as CPU and GPU kernels want them, each stands alone.
 
     Args:
         task: what all rounds share. The module's own tensors become the engine's.
@@ -49,16 +49,20 @@ class Sequential:
         self._simple = not self._dropout and not any(hasattr(task.objective, name) for name in names)
 
     def _bind(self, channels_last: bool) -> None:
-        """Make the module's shared parameters views of one flat vector, channels-last ones apart."""
+        """Make the module's shared parameters views of one flat vector, or apart if some are channels-last."""
         task = self.task
         own = dict(task.module.named_parameters())
-        self.flat = torch.empty(task.shared.size, dtype=task.dtype, device=task.device)
+        shared = [own[name] for name in task.shared.names]
+        alone = channels_last and any(parameter.dim() == 4 for parameter in shared)
+        self.flat = torch.empty(0 if alone else task.shared.size, dtype=task.dtype, device=task.device)
         self.apart: list[tuple[str, Tensor]] = []
-        for name, view in task.shared.split(self.flat).items():
-            if channels_last and view.dim() == 4:
-                own[name].data = torch.empty_like(view, memory_format=torch.channels_last)
-                self.apart.append((name, own[name].data))
-            else:
+        if alone:
+            for name, parameter in zip(task.shared.names, shared, strict=True):
+                kept = torch.channels_last if parameter.dim() == 4 else torch.contiguous_format
+                parameter.data = torch.empty_like(parameter, memory_format=kept)
+                self.apart.append((name, parameter.data))
+        else:
+            for name, view in task.shared.split(self.flat).items():
                 own[name].data = view
         self.params: Params = {name: own[name] for name in (*task.shared.names, *task.local.names)}
         self.model = functional(task, task.module, self.params)
@@ -109,7 +113,8 @@ class Sequential:
         return left
 
     def _load(self, start: Start, state: Mapping[str, Tensor], buffers: Tensor) -> None:
-        self.flat.copy_(start.flat)
+        if len(self.flat):
+            self.flat.copy_(start.flat)
         for name, weight in self.apart:
             weight.copy_(start.params[name])
         for name in self.task.local.names:
@@ -121,7 +126,8 @@ class Sequential:
                 buffer.copy_(state.get(name, value))
 
     def _write(self, start: Start, out: Tensor) -> None:
-        torch.sub(self.flat, start.flat, out=out)
+        if len(self.flat):
+            torch.sub(self.flat, start.flat, out=out)
         if self.apart:
             views = self.task.shared.split(out)
             for name, weight in self.apart:
