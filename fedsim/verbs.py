@@ -227,6 +227,7 @@ VERBS = {
         Several values are written a=1,2 or a='range(5)' or strategy='glob(fed*)' (Hydra's sweep grammar). Every trial
         has its run folder in that of the sweep, which is hydra.sweep.dir; the table is sweep.json and sweep.parquet.
         sweep.workers=N trials run at a time; null: one per GPU, or sweep.trials_per_gpu of them, else one per core.
+        sweep.address=auto does them on a Ray cluster instead.
         sweep.batch=true: trials that differ only in seeds and rates train as rows of one program.
 
         examples:
@@ -243,7 +244,8 @@ VERBS = {
         Each value of `strategy` (tune.each=strategy,partition.alpha: each combination) is tried at the same points of
         the other swept settings, with seeds of its own (tune.seeds, default 1000), and takes the point with the best
         tune.metric=validation_accuracy|validation_loss. Then it runs there with the seeds of `seed=`.
-        tune.search=grid tries all combinations; random draws tune.trials=20, also from intervals.
+        tune.search=grid tries all combinations; random draws tune.trials=20, also from intervals; optuna draws them
+        where earlier ones did well.
 
         examples:
           fedsim tune strategy=fedavg,fedld client.lr=0.03,0.1,0.3 seed='range(5)'

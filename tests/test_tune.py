@@ -2,13 +2,14 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fedsim.errors import UserError
-from fedsim.sweep import grammar, search, tune
+from fedsim.sweep import adaptive, grammar, search, tune
 from fedsim.sweep.board import Board
 
 SMALL = ("model=logreg", "partition.num_clients=4", "threads=1", "num_rounds=3")
@@ -258,3 +259,84 @@ def test_without_validation_data_there_is_nothing_to_choose_by(tmp_path, monkeyp
     with pytest.raises(UserError, match=r"data\.validation=0"):
         tune.tune(["client.lr=0.1,0.3", "data.validation=0"], None, Ear())
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- adaptive search
+
+
+class FakeRuns:
+    """Scores points by a known function: accuracy is highest at lr = 0.03 and local_epochs = 3."""
+
+    def __init__(self):
+        self.calls, self.values = [], []
+
+    def __call__(self, listed):
+        self.calls.append(len(listed))
+        self.values = [values for _, values in listed]
+        return [{"state": "done", "validation_accuracy": self.accuracy(values)} for values in self.values]
+
+    @staticmethod
+    def accuracy(values):
+        if values["strategy"] == "fedadam" and values["client.lr"] > 0.5:
+            return None  # failed
+        return 1 - 0.1 * abs(np.log10(values["client.lr"] / 0.03)) - 0.05 * abs(values["client.local_epochs"] - 3)
+
+
+ADAPTIVE = ("strategy=fedavg,fedadam", "client.lr=tag(log,interval(0.001,1))", "client.local_epochs=1,3,9",
+            "tune.search=optuna", "tune.trials=23", "tune.seeds=7,8")  # fmt: skip
+
+
+def explored(*more):
+    given, runs = task(*ADAPTIVE, *more), FakeRuns()
+    points, found = adaptive.explore(given.tuning, given.methods, (given.axes, given.intervals), runs)
+    return given, runs, points, found
+
+
+def test_an_adaptive_search_gives_each_method_as_many_trials_and_learns():
+    pytest.importorskip("optuna")
+    given, runs, points, found = explored()
+    assert given.num_points == 23
+    assert runs.calls == [20, 40, 60, 80, 92]  # two methods × five points × two seeds, and the rest
+    assert [len(mine) for mine in points] == [23, 23]
+    assert points[0][:5] == points[1][:5]  # random ones, from one seed
+    assert points[0][20:] != points[1][20:]
+    first = FakeRuns.accuracy({"strategy": "fedavg", **points[0][0][1]})
+    assert [row["validation_accuracy"] for row in found[:2]] == [first, first]
+    (fedavg, fedadam) = tune.choose(given, found, points)
+    assert fedavg["best"]["client.local_epochs"] == 3
+    assert 0.01 < fedavg["best"]["client.lr"] < 0.1
+    assert fedavg["overrides"] == ["client.local_epochs=3", f"client.lr={fedavg['best']['client.lr']}"]
+    assert fedadam["score"] > 0.9
+    late = np.mean([FakeRuns.accuracy({"strategy": "fedavg", **values}) for _, values in points[0][13:]])
+    early = np.mean([FakeRuns.accuracy({"strategy": "fedavg", **values}) for _, values in points[0][:10]])
+    assert late > early
+
+
+def test_an_adaptive_search_repeats():
+    pytest.importorskip("optuna")
+    assert explored()[2] == explored()[2]
+    assert explored()[2] != explored("tune.seed=3")[2]
+
+
+def test_without_optuna_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match=r"pip install 'fedsim\[tune\]'"):
+        explored()
+
+
+def test_an_adaptive_search_runs_and_goes_on(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    monkeypatch.chdir(tmp_path)
+    words = [*SMALL[:3], "num_rounds=1", "client.lr=interval(0.01,1)", "tune.search=optuna", "tune.trials=6",
+             "tune.seeds=7", "seed=0", "hydra.sweep.dir=s", "sweep.workers=2"]  # fmt: skip
+    folder = tune.tune(words, None, Ear())
+    found = json.loads((folder / "tune.json").read_text())
+    assert found["budget"]["points"] == 6
+    names = [trial["trial"] for trial in json.loads((folder / "search" / "sweep.json").read_text())["trials"]]
+    assert len(names) == 6
+    assert found["methods"][0]["report"]["trials"] == 1
+    (folder / "tune.json").unlink()  # as if it had been cut off: what is done is not done again, nor drawn otherwise
+    ear = Ear()
+    tune.tune(["resume=s"], None, ear)
+    assert ear.opened[:2] == [(5, 5), (6, 6)]
+    assert json.loads((folder / "tune.json").read_text())["methods"] == found["methods"]

@@ -57,7 +57,10 @@ def product(axes: Sequence[Axis]) -> Iterator[tuple[tuple[str, ...], dict[str, A
 
 
 def trials_of(
-    points: Iterable[tuple[tuple[str, ...], dict[str, Any]]], fixed: Sequence[str], threads: int | None
+    points: Iterable[tuple[tuple[str, ...], dict[str, Any]]],
+    fixed: Sequence[str],
+    threads: int | None,
+    total: int | None = None,
 ) -> tuple[Trial, ...]:
     """Give each point its overrides and a name that sorts and that a shell and Hydra take without quotes.
 
@@ -66,7 +69,7 @@ def trials_of(
     ['0-flower-krum-alpha-0.1']
     """
     listed, own = list(points), [f"threads={threads}"] if threads is not None else []
-    width, groups = len(str(len(listed) - 1)), catalogue.groups(catalogue.roots())
+    width, groups = len(str((total or len(listed)) - 1)), catalogue.groups(catalogue.roots())
     return tuple(
         Trial(name=f"{i:0{width}d}{_slug(values, groups)}", overrides=(*fixed, *own, *overrides), values=values)
         for i, (overrides, values) in enumerate(listed)

@@ -29,8 +29,8 @@ class Tuning:
     """
 
     each: str | tuple[str, ...] = "strategy"  # keys; each combination of their values is a method, tuned by itself
-    search: Literal["grid", "random"] | None = None  # None: random if there is an interval, else grid
-    trials: int | None = None  # points of a random search, ≥ 1, the same for each method; None: 20
+    search: Literal["grid", "random", "optuna"] | None = None  # None: random if there is an interval, else grid
+    trials: int | None = None  # points of a search that draws, ≥ 1, the same number for each method; None: 20
     seeds: int | tuple[int, ...] = (1000,)  # of the search alone, ≥ 0; the reported runs have those of `seed=`
     metric: Literal["validation_accuracy", "validation_loss"] = "validation_accuracy"  # of the last round
     seed: int = 0  # of the random search's draws, ≥ 0
@@ -42,6 +42,11 @@ class Tuning:
             raise ValueError(f"seeds must be one or several different integers >= 0, got {self.seeds}")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
+
+    @property
+    def num_trials(self) -> int:
+        """Points of a search that draws."""
+        return 20 if self.trials is None else self.trials
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -65,6 +70,8 @@ def points(axes: Sequence[Axis], intervals: Sequence[Interval], tuning: Tuning) 
         ValueError: an interval in a grid search, or a number of trials for one.
 
     """
+    if tuning.search == "optuna":  # each method is tried at points of its own: `adaptive.explore`
+        return []
     grid = list(product(axes))
     if tuning.search == "grid" or (tuning.search is None and not intervals):
         if intervals:
@@ -72,7 +79,7 @@ def points(axes: Sequence[Axis], intervals: Sequence[Interval], tuning: Tuning) 
         if tuning.trials is not None:
             raise ValueError("tune.trials is for tune.search=random; a grid has one trial for each combination")
         return grid
-    number = 20 if tuning.trials is None else tuning.trials
+    number = tuning.num_trials
     if not intervals:
         order = generator(tuning.seed, "tune").permutation(len(grid))[:number]
         return [grid[i] for i in sorted(order.tolist())]

@@ -9,8 +9,9 @@ are reported are not among those it was chosen from.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fedsim.folder import locked
 from fedsim.misfit import quoted
 from fedsim.sweep import plan as plans
 from fedsim.sweep import search, table
+from fedsim.sweep.adaptive import GENERATION, explore
 from fedsim.sweep.board import Board
 from fedsim.sweep.drive import Machine, check, execute, going_on, resumable, threads_of
 from fedsim.sweep.grammar import Axis, Interval, Words, read
@@ -42,6 +44,11 @@ class Task:
     intervals: tuple[Interval, ...]
     points: tuple[Point, ...]
     report_seeds: tuple[int, ...]
+
+    @property
+    def num_points(self) -> int:
+        """Points that each method is tried at."""
+        return self.tuning.num_trials if self.tuning.search == "optuna" else len(self.points)
 
 
 def tune(given: Sequence[str], config_dir: Path | None, board: Board) -> Path:
@@ -79,7 +86,7 @@ def tune(given: Sequence[str], config_dir: Path | None, board: Board) -> Path:
         if chosen is None:
             board.note(budget(task))
             shown, board.figures = board.figures, ("validation_accuracy", "validation_loss")
-            chosen = choose(task, execute(searching, folder / "search", pool, board))
+            chosen = _searched(task, words, searching, folder / "search", partial(execute, pool=pool, board=board))
             board.figures = shown
             _write(folder, task, chosen)
         reporting = _report_plan(task, words, searching, chosen)
@@ -87,6 +94,23 @@ def tune(given: Sequence[str], config_dir: Path | None, board: Board) -> Path:
         rows = execute(reporting, folder / "report", pool, board)
     _report(folder, task, chosen, rows, board)
     return folder
+
+
+def _searched(
+    task: Task, words: Words, searching: Plan, folder: Path, do: Callable[[Plan, Path], list[table.Row]]
+) -> list[dict[str, Any]]:
+    """Do the search, and choose."""
+    if task.tuning.search != "optuna":
+        return choose(task, do(searching, folder))
+    total = len(task.methods) * task.num_points * len(task.tuning.tuning_seeds)
+
+    def run(listed: Sequence[Point]) -> list[table.Row]:
+        plan = replace(searching, trials=plans.trials_of(listed, _fixed(words), searching.threads, total))
+        plans.save(plan, folder)
+        return do(plan, folder)
+
+    points, rows = explore(task.tuning, task.methods, (task.axes, task.intervals), run)
+    return choose(task, rows, points)
 
 
 def task_of(words: Words) -> Task:
@@ -125,7 +149,8 @@ def _search_plan(
         if not config.data.validation > 0:
             raise UserError("data.validation=0 leaves nothing to choose by; give it a share of the training data")
     listed = [point for method in task.methods for point in with_seeds(method, task.points, task.tuning.tuning_seeds)]
-    threads = threads_of(machine, len(listed), words)
+    units = len(listed) or len(task.methods) * GENERATION
+    threads = threads_of(machine, units, words)
     trials = plans.trials_of(listed, _fixed(words), threads)
     return Plan(
         words=tuple(given), config_dir=None if config_dir is None else str(config_dir), threads=threads, trials=trials
@@ -138,7 +163,7 @@ def _report_plan(task: Task, words: Words, searching: Plan, chosen: Sequence[dic
         point
         for method, choice in zip(task.methods, chosen, strict=True)
         if choice["point"] is not None
-        for point in with_seeds(method, [task.points[choice["point"]]], task.report_seeds)
+        for point in with_seeds(method, [(tuple(choice["overrides"]), choice["best"])], task.report_seeds)
     ]
     trials = plans.trials_of(listed, _fixed(words), searching.threads)
     return Plan(words=searching.words, config_dir=searching.config_dir, threads=searching.threads, trials=trials)
@@ -148,8 +173,15 @@ def _fixed(words: Words) -> list[str]:
     return [text for text in words.fixed if not text.startswith("seed=")]
 
 
-def choose(task: Task, rows: Sequence[table.Row]) -> list[dict[str, Any]]:
+def choose(
+    task: Task, rows: Sequence[table.Row], points: Sequence[Sequence[Point]] | None = None
+) -> list[dict[str, Any]]:
     """Choose a point for each method from the rows of the search, in the order of its trials.
+
+    Args:
+        task: what is tuned.
+        rows: method by method, point by point, seed by seed.
+        points: of each method; None: the same for all.
 
     Returns:
         For each method: its `values`, `point` (position, or None if all failed), `best` (the point's values), the
@@ -159,14 +191,16 @@ def choose(task: Task, rows: Sequence[table.Row]) -> list[dict[str, Any]]:
     metric, each = task.tuning.metric, len(task.tuning.tuning_seeds)
     chosen = []
     for m, (_, values) in enumerate(task.methods):
-        mine = rows[m * len(task.points) * each : (m + 1) * len(task.points) * each]
-        scores = [search.score(mine[i * each : (i + 1) * each], metric) for i in range(len(task.points))]
+        own = task.points if points is None else points[m]
+        mine = rows[m * len(own) * each : (m + 1) * len(own) * each]
+        scores = [search.score(mine[i * each : (i + 1) * each], metric) for i in range(len(own))]
         at = search.best(scores, metric)
-        point = {} if at is None else task.points[at][1]
+        overrides, point = ((), {}) if at is None else own[at]
         found = [] if at is None else search.edges(point, task.axes, task.intervals)
         name = _name(values)
         chosen.append({
-            "values": values, "point": at, "best": point, "score": None if at is None else scores[at],
+            "values": values, "point": at, "best": point, "overrides": list(overrides),
+            "score": None if at is None else scores[at],
             "failed": sum(row["state"] != "done" for row in mine),
             "edges": [f"{name}{key}={value} is the {end} that was tried: the best may lie beyond"
                       for key, value, end in found],
@@ -176,7 +210,7 @@ def choose(task: Task, rows: Sequence[table.Row]) -> list[dict[str, Any]]:
 
 def budget(task: Task) -> str:
     """Say what every method is given."""
-    seeds, number = len(task.tuning.tuning_seeds), len(task.points)
+    seeds, number = len(task.tuning.tuning_seeds), task.num_points
     return (
         f"search: {len(task.methods)} methods, each {number} trials × {seeds} seeds = {number * seeds} runs, "
         f"chosen by {task.tuning.metric}; then {len(task.report_seeds)} runs of each with seeds of their own"
@@ -214,7 +248,7 @@ def _line(task: Task, choice: dict[str, Any]) -> table.Row:
     figures.pop("failed", None)
     return {
         **choice["values"], **choice["best"],
-        "search_trials": f"{len(task.points)} × {len(task.tuning.tuning_seeds)} seeds", "failed": choice["failed"],
+        "search_trials": f"{task.num_points} × {len(task.tuning.tuning_seeds)} seeds", "failed": choice["failed"],
         f"search_{task.tuning.metric}": None if choice["score"] is None else (choice["score"], None),
         "runs": runs, **figures,
     }  # fmt: skip
@@ -225,8 +259,8 @@ def _write(folder: Path, task: Task, chosen: Sequence[dict[str, Any]]) -> None:
     tree = {
         "tuning": asdict(task.tuning),
         "budget": {
-            "points": len(task.points), "seeds": list(task.tuning.tuning_seeds),
-            "runs": len(task.points) * len(task.tuning.tuning_seeds), "report_seeds": list(task.report_seeds),
+            "points": task.num_points, "seeds": list(task.tuning.tuning_seeds),
+            "runs": task.num_points * len(task.tuning.tuning_seeds), "report_seeds": list(task.report_seeds),
         },
         "methods": list(chosen),
     }  # fmt: skip
