@@ -9,8 +9,12 @@ import torch
 from torch import nn
 
 from fedsim.clients.cross_entropy import CrossEntropy
+from fedsim.clients.feddyn import FedDyn
+from fedsim.clients.fedhyper import FedHyper
 from fedsim.clients.fedprox import FedProx
 from fedsim.clients.margin import Margin
+from fedsim.clients.moon import Moon
+from fedsim.clients.scaffold import Scaffold
 from fedsim.contracts import Partition, Phase
 from fedsim.engine.auto import make_engine
 from fedsim.engine.captured import Captured
@@ -244,6 +248,64 @@ def test_state_directions_second_uploads_and_weights():
 
 
 @dataclass(frozen=True)
+class Unnumbered(Controlled):
+    """The same, with a loss that does not ask for the number of its step: such a step can be recorded."""
+
+    def loss(self, model, params, batch, context):
+        pull = sum(((params[n] - context.received[n]) ** 2).sum() for n in params if n in context.received)
+        noise = context.key.double() / 2**32
+        loss = nn.functional.cross_entropy(model(params, batch.x), batch.y) + (0.1 + 0.01 * noise) * pull
+        return loss * (1 + 0.001 * context.client_state["visits"]), {}
+
+
+@pytest.mark.parametrize("training", ["sgd", "decay", "momentum", "clipped", "adamw"])
+def test_recorded_state_directions_second_uploads_and_weights(training):
+    compare(Unnumbered, training=TRAININGS[training], rounds=3, kernels="captured")
+
+
+def control(weights):
+    return {"control": 0.01 * torch.arange(len(weights)).to(weights).cos()}
+
+
+def previous(weights):
+    return {"previous": 0.1 * torch.arange(len(weights)).to(weights).sin(), "num_participants": 6.0}
+
+
+TOLD = {
+    "scaffold": (Scaffold, control),
+    "feddyn": (FedDyn, lambda weights: {}),
+    "moon": (Moon, lambda weights: {}),
+    "fedhyper, first round": (lambda: FedHyper(kappa=0.5), lambda weights: {}),
+    "fedhyper": (lambda: FedHyper(kappa=0.5), previous),
+    "fedhyper, released": (lambda: FedHyper(kappa=0.5, preset="reference"), previous),
+    "fedhyper, cosine": (lambda: FedHyper(kappa=0.5, normalize="cosine"), previous),
+    "fedhyper of fedprox": (lambda: FedHyper(objective=FedProx(proximal_mu=0.3)), previous),
+}
+
+
+@pytest.mark.parametrize("training", ["sgd", "momentum", "clipped", "adamw"])
+@pytest.mark.parametrize("name", TOLD)
+def test_clients_of_two_sided_methods_are_recorded_as_they_are(name, training):
+    make_objective, told = TOLD[name]
+    results = []
+    for kind in (Sequential, lambda task: batched(task, "captured")):
+        task, weights = make_task(objective=make_objective(), training=TRAININGS[training])
+        engine = kind(task)
+        for number in (1, 2, 3):
+            job = make_job(task, weights, round=number, key=number, broadcasts={0: told(weights)}, lr=0.1 / number)
+            out, block = train(engine, job, task.shared.size)
+            task.store.put(job.clients, block.state)
+        results.append((out, block))
+        engine.close()
+    (one, left), (other, also) = results
+    torch.testing.assert_close(other, one, rtol=0, atol=1e-9 * float(one.abs().max()))
+    for group in ("state", "extras"):
+        assert getattr(left, group).keys() == getattr(also, group).keys()
+        for key, value in getattr(left, group).items():
+            torch.testing.assert_close(getattr(also, group)[key], value, rtol=1e-9, atol=1e-9)
+
+
+@dataclass(frozen=True)
 class HeadThenBody(CrossEntropy):
     """Two phases of unlike lengths that move unlike parameters."""
 
@@ -398,7 +460,7 @@ def test_auto_follows_its_table(name, cohort, plan):
 
 @pytest.mark.parametrize(("name", "cohort"), [("mlp", 1), ("cnn", 2)])
 def test_auto_trains_one_by_one_what_cannot_be_recorded(name, cohort):
-    task, _ = make_task(name, Uploads())
+    task, _ = make_task(name, HeadThenBody(), local="head")
     engine, _ = make_engine(task, "auto", cohort=cohort, threads=1)
     assert engine.plan["engine"] == "sequential"
 

@@ -6,6 +6,7 @@ interpreter nor its lock stands between two operations, so that threads scale.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
@@ -16,18 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.engine.lanes import mixes_samples
-from fedsim.engine.native import BUCKETS, Lane, Steps, compiled
-from fedsim.engine.record import NotRecordable, Program, record
+from fedsim.engine.lanes import mixes_samples, users_line
+from fedsim.engine.native import Lane, Steps
+from fedsim.engine.play import Play
+from fedsim.engine.record import NotRecordable
 from fedsim.engine.step import Step
-from fedsim.engine.task import LOCAL, Block, Job, Task, local_round, room
+from fedsim.engine.task import LOCAL, Block, Job, Task, local_round, room, row_keys
+from fedsim.errors import UserError
 from fedsim.local import Int64
 
 # The optimising executor runs other products in its first calls than later: bits would depend on a resume.
 _as_written: Any = partial(getattr(torch.jit, "optimized_execution"), False)  # noqa: B009  (not among torch's typed names)
 
 SUMMED, MOST = 8, 16  # rows of a block that is summed before the blocks are, at least; and blocks, at most
-LONG = 1000  # operations of a step from which on one costs little more with a few samples than with many
+LOSSES = 64  # samples up to which each size of a batch may have a program
 
 
 class Captured:
@@ -36,7 +39,7 @@ class Captured:
     Which thread trains a client, and beside whom, changes none of its operations: bits depend on neither.
 
     Args:
-        task: what all rounds share; on a CPU, with one phase and an objective that is a criterion.
+        task: what all rounds share; on a CPU, with one phase.
         threads: native loops at once, ≥ 1; None: as many as torch has threads.
 
     Raises:
@@ -50,10 +53,12 @@ class Captured:
         _check(task)
         self.task = task
         self.step = Step(task)
-        self._programs: dict[tuple[int, bool, bool], Program] = {}
-        self._known: dict[bool, list[tuple[int, bool]]] = {}  # pulled → kinds of steps that the loop has
-        self._loops: dict[bool, Callable[..., None]] = {}
-        self._buckets = 1 if self._prove().body.count("\n") > LONG else BUCKETS
+        self._plays: dict[tuple[bool, tuple[str, ...]], Play] = {}
+        if not self.step.situated:
+            self._play({}, pulled=False)
+        else:
+            with contextlib.suppress(KeyError):  # of what the rule will send: the first round will tell
+                self._play({}, pulled=False)
         self._threads = threads or torch.get_num_threads()
         self._lanes: SimpleQueue[Lane] = SimpleQueue()
         for _ in range(self._threads):
@@ -95,18 +100,17 @@ class Captured:
             summed: c_k of each row and the total (D,), added to.
 
         """
-        order = local_round(task, job, 0, task.phases[0])
+        step, order = self.step, local_round(task, job, 0, task.phases[0])
         block = room(task, job, order.num_steps)
-        versions = sorted(set(job.received.tolist()))
-        pulls = [self.step.pull(job, version) for version in versions]
-        pulled = any(pulls)
-        starts = [job.models[version] for version in versions]
-        shared = [self.step.common(start, mu, job.lr, pulled=pulled) for start, mu in zip(starts, pulls, strict=True)]
-        corrections = self.step.corrections(job.lr, int(order.num_steps.max(initial=0)))
-        state = [block.state[LOCAL + name] for name in task.local.names]
-        parts = _blocks(len(job)) if summed else _shares(order.num_steps, 4 * self._threads)
-        steps = Steps(task, job, order, np.concatenate(parts), self._buckets)
-        loop = self._loop(steps, pulled=pulled)
+        play, starts, common = self._versions(job)
+        corrections = step.corrections(job.lr, int(order.num_steps.max(initial=0)))
+        kept = [block.state[LOCAL + name] for name in task.local.names]
+        own = self._own(task, job, order.num_steps, block)
+        left = play.room(block)
+        rows = _busy(order.num_steps, block, out)
+        parts = _blocks(rows) if summed else _shares(rows, order.num_steps, 4 * self._threads)
+        steps = Steps(task, job, order, np.concatenate([rows[:0], *parts]), play.sizes)
+        loop = play.loop(steps)
         sums: list[Tensor | None] = [None] * len(parts)
         ends = np.cumsum([0, *map(len, parts)])
 
@@ -117,8 +121,8 @@ class Captured:
             try:
                 with torch.no_grad(), _as_written():
                     loop(
-                        *work[:6], starts, shared, corrections, self.step.x, task.y, *work[6:10],
-                        lane.flat, lane.params, lane.slots, lane.apart, lane.apart_views, lane.local, state,
+                        *work[:6], starts, common, corrections, step.x, task.y, *work[6:10],
+                        lane.flat, lane.params, lane.slots, lane.apart, lane.apart_views, lane.local, kept, own, left,
                         out, losses if total is None else total, summed[0] if summed else [0.0], block.square_norms,
                         losses,
                     )  # fmt: skip
@@ -141,47 +145,70 @@ class Captured:
 
         return end
 
-    def _program(self, size: int, *, padded: bool, pulled: bool) -> Program:
-        key = (size, padded, pulled)
-        if key not in self._programs:
-            step = self.step
-            self._programs[key] = record(
-                partial(step, padded=padded, pulled=pulled), step.example(size, padded=padded, pulled=pulled)
-            )
-        return self._programs[key]
-
-    def _loop(self, steps: Steps, *, pulled: bool) -> Callable[..., None]:
-        """Return the loop over all kinds of steps met so far, and number the steps by it: compiling takes 20 ms."""
-        known = self._known.setdefault(pulled, [])
-        new = [kind for kind in steps.kinds if kind not in known]
-        if new:
-            known += new
-            programs = [self._program(size, padded=padded, pulled=pulled) for size, padded in known]
-            self._loops[pulled] = compiled(programs, [padded for _, padded in known])
-        steps.program = np.array([known.index(kind) for kind in steps.kinds], dtype=np.int64)[steps.program]
-        return self._loops[pulled]
-
-    def _prove(self) -> Program:
-        """Record a step, and hold it against the step itself on other samples and other weights."""
-        step = self.step
-        size = min(self.task.training.batch_size or int(self.task.partition.sizes.max(initial=1)), len(self.task.x))
+    def _versions(self, job: Job) -> tuple[Play, list[Tensor], list[list[Tensor]]]:
+        """Return the programs of a job, and of each version its weights and what its clients share."""
+        step, versions = self.step, sorted(set(job.received.tolist()))
+        pulls = [step.pull(job, version) for version in versions]
+        told = [job.broadcasts.get(version, {}) if step.situated else {} for version in versions]
+        if any(sent.keys() != told[0].keys() for sent in told):
+            raise UserError("engine=vectorized: versions came with different broadcasts; engine=sequential runs it")
         try:
-            program = self._program(size, padded=False, pulled=False)
-        except NotRecordable as error:
-            raise ValueError(f"a step cannot be recorded: {error}") from error
-        given = step.example(size, padded=False, pulled=False, number=1)
-        again = [tensor.clone() for tensor in given]
-        with torch.no_grad():
-            pairs = [(program(given), step(again, padded=False, pulled=False)), *zip(given, again, strict=True)]
-        if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in pairs):
-            raise ValueError("a recorded step differs from the step itself: the model depends on more than its inputs")
-        return program
+            play = self._play(told[0], pulled=any(pulls))
+        except ValueError as error:
+            raise UserError(f"engine=vectorized: {error}; engine=sequential runs it") from error
+        starts = [job.models[version] for version in versions]
+        common = [
+            step.common(start, mu, job.lr, sent, pulled=any(pulls))
+            for start, mu, sent in zip(starts, pulls, told, strict=True)
+        ]
+        return play, starts, common
+
+    def _own(self, task: Task, job: Job, num_steps: Int64, block: Block) -> list[Tensor]:
+        """Return what is a client's own in the context of an objective, (K, …) each."""
+        if not self.step.situated:
+            return []
+        numbers = (
+            torch.from_numpy(num_steps),
+            torch.from_numpy(task.partition.sizes[job.clients]),
+            row_keys(task, job),
+        )
+        return [*(block.state[name] for name in self.step.state), *numbers]
+
+    def _play(self, sent: Mapping[str, Any], *, pulled: bool) -> Play:
+        """Return the programs of rounds in which the rule sends what has these names.
+
+        Raises:
+            ValueError: a step cannot be recorded.
+
+        """
+        key = (pulled, tuple(sorted(sent)))
+        if key not in self._plays:
+            try:
+                self._plays[key] = Play(self.step, sent, pulled=pulled)
+            except NotRecordable as error:
+                raise ValueError(f"a step cannot be recorded: {users_line(error)}") from error
+        return self._plays[key]
 
 
-def _shares(num_steps: Int64, count: int) -> list[Int64]:
+def _busy(num_steps: Int64, block: Block, out: Tensor | None) -> Int64:
+    """Return the rows that have a step; the others' updates are zero."""
+    idle = torch.from_numpy(np.flatnonzero(num_steps == 0))
+    block.square_norms[idle] = 0
+    if out is not None:
+        out[idle] = 0
+    return np.flatnonzero(num_steps)
+
+
+def _shares(rows: Int64, num_steps: Int64, count: int) -> list[Int64]:
     """Split rows into shares of about equal work, longest first."""
-    order = np.argsort(-num_steps, kind="stable")  # (K,)
+    order = rows[np.argsort(-num_steps[rows], kind="stable")]
     return [part for part in (order[k::count] for k in range(count)) if len(part)]
+
+
+def _blocks(rows: Int64) -> list[Int64]:
+    """Split rows into blocks of neighbours: few, for each has a sum of its own for a while."""
+    size = max(SUMMED, -(-len(rows) // MOST))
+    return [rows[low : low + size] for low in range(0, len(rows), size)]
 
 
 def _check(task: Task) -> None:
@@ -194,17 +221,14 @@ def _check(task: Task) -> None:
     if task.device.type != "cpu":
         raise ValueError("captured steps are for a CPU")
     if task.precision != "fp32":
-        raise ValueError(f"captured steps compute in the run's dtype; precision={task.precision} is for other kernels")
+        raise ValueError(f"captured steps compute in the run's own dtype; precision={task.precision} is for others")
     if task.buffers.size:
         raise ValueError("the model has running statistics (batch norm?)")
-    own = [name for name in ("loss", "direction", "finish", "phases") if hasattr(task.objective, name)]
-    if own or not hasattr(task.objective, "criterion"):
-        raise ValueError(f"the objective is more than a criterion: {', '.join(own)}")
-    if mixes_samples(task):
+    if hasattr(task.objective, "phases"):
+        raise ValueError("the objective has phases")
+    if hasattr(task.objective, "loss"):
+        most = task.training.batch_size
+        if most is None or most > LOSSES:
+            raise ValueError(f"a loss of a whole batch is recorded once a size, for batches of up to {LOSSES}")
+    elif mixes_samples(task):
         raise ValueError("the model's logits of a sample depend on who else is in its batch")
-
-
-def _blocks(count: int) -> list[Int64]:
-    """Split rows into blocks of neighbours: few, for each has a sum of its own for a while."""
-    size = max(SUMMED, -(-count // MOST))
-    return [np.arange(low, min(low + size, count)) for low in range(0, count, size)]

@@ -43,6 +43,13 @@ class Work(NamedTuple):
         return weighed / segment_sums(self.sizes, offsets).clamp(min=1)
 
 
+class Sizes(NamedTuple):
+    """Which steps have a program of their own."""
+
+    buckets: int  # sizes of a batch
+    turns: int  # steps at the begin of a round
+
+
 class Steps:
     """The steps of a job's rows in some order, flat; batches are padded to the sizes that have programs.
 
@@ -51,11 +58,11 @@ class Steps:
         job: the rows.
         order: their local round.
         rows: (R,) in the order of training.
-        buckets: sizes of a batch that have programs.
+        layout: which sizes and steps have programs.
 
     """
 
-    def __init__(self, task: Task, job: Job, order: Schedule, rows: Int64, buckets: int = BUCKETS) -> None:
+    def __init__(self, task: Task, job: Job, order: Schedule, rows: Int64, layout: Sizes) -> None:
         self.rows = rows
         count, sizes = order.num_steps[rows], np.maximum(order.sizes[rows], 1)  # (R,)
         full = task.training.batch_size or int(task.partition.sizes.max(initial=1))
@@ -65,7 +72,7 @@ class Steps:
         batch = np.minimum(sizes, full)[row] if order.batch_size else sizes[row]  # (S,)
         epoch, inside = np.divmod(number, -(-sizes[row] // batch))
         self.length = np.minimum(batch, sizes[row] - inside * batch)  # (S,) samples that count
-        self.padded = _bucket(self.length, full, buckets)  # (S,)
+        self.padded = _bucket(self.length, full, layout.buckets)  # (S,)
         self.begin = np.concatenate([[0], np.cumsum(self.padded)])  # (S+1,)
         step = np.repeat(np.arange(len(row)), self.padded)  # (M,)
         inner = np.arange(len(step)) - self.begin[step]  # (M,)
@@ -73,9 +80,10 @@ class Steps:
         stream = offset[step] + np.minimum(inner, self.length[step] - 1)  # (M,)
         self.samples = torch.from_numpy(order.positions[order.starts[rows][row[step]] + stream])
         self.weights = torch.from_numpy((inner < self.length[step]) / self.length[step]).to(task.dtype)
-        codes = 2 * self.padded + (self.padded != self.length)  # (S,)
-        kinds, self.program = np.unique(codes, return_inverse=True)
-        self.kinds = [(int(code) // 2, bool(code % 2)) for code in kinds]  # (size, whether batches are padded to it)
+        codes = np.stack([self.padded, self.padded != self.length, np.minimum(number, layout.turns)])  # (3, S)
+        kinds, program = np.unique(codes, axis=1, return_inverse=True)
+        self.program = program.reshape(-1)  # (S,)
+        self.kinds = [(int(size), bool(padded), int(turn)) for size, padded, turn in kinds.T]  # as in `Kind`
         most = max(1, GATHERED // max(1, task.x[0].numel()))  # samples gathered at once
         turn = (self.begin[:-1] - self.begin[self.first[row]]) // most  # (S,)
         new = np.flatnonzero(np.diff(row, prepend=-1) | np.diff(turn, prepend=-1))  # (G,) first step of each gather
@@ -83,7 +91,8 @@ class Steps:
         self.versions = _places(job.received[rows])
         none = torch.empty(0, dtype=torch.int64)
         keys = row_keys(task, job)[torch.from_numpy(rows)]  # (R,)
-        drops = any(isinstance(module, KeyedDropout) for module in task.module.modules())
+        drops = hasattr(task.objective, "loss")  # which may hold a dropout too
+        drops = drops or any(isinstance(module, KeyedDropout) for module in task.module.modules())
         self.keys = fold_in(fold_in(keys[row], 0), torch.from_numpy(number)) if drops else none  # (S,)
         augments = task.augment is not None
         self.sample_keys = fold_in(fold_in(keys[row[step]], 1), torch.from_numpy(stream)) if augments else none  # (M,)
@@ -138,30 +147,33 @@ class Lane:
         self.slots = [torch.zeros_like(p) for _ in range(slots) for p in self.params]
 
 
-def compiled(programs: Sequence[Program], padded: Sequence[bool]) -> Callable[..., None]:
+def compiled(programs: Sequence[Program], padded: Sequence[bool], finish: Program | None) -> Callable[..., None]:
     """Return the native loop over steps of some programs, see `LOOP` for what it takes.
 
     Args:
         programs: of `Step`.
         padded: whether each reads the weights of its samples.
+        finish: of a client's round; None: nothing is left to do then.
 
     """
-    texts = [_function(k, program) for k, program in enumerate(programs)]
+    every = [*programs, *([] if finish is None else [finish])]
+    texts = [_function(k, program) for k, program in enumerate(every)]
     chosen = "\n".join(
-        f"    if which == {k}:\n        return step_{k}(inputs, constants)" for k in range(1, len(programs))
+        f"    if which == {k}:\n        return step_{k}(inputs, constants)" for k in range(1, len(every))
     )
     choice = f"""
-def step(which: int, inputs: List[Tensor], constants: List[List[Tensor]]) -> Tensor:
+def step(which: int, inputs: List[Tensor], constants: List[List[Tensor]]) -> List[Tensor]:
 {chosen}
     return step_0(inputs, constants)
 """
     unit = torch.jit.CompilationUnit("\n".join([*texts, choice, LOOP]))
-    constants = [list(program.constants) for program in programs]
-    return lambda *given: unit.loop(*given, list(padded), constants)
+    constants = [list(program.constants) for program in every]
+    last = -1 if finish is None else len(programs)
+    return lambda *given: unit.loop(*given, list(padded), last, constants)
 
 
 def _function(number: int, program: Program) -> str:
-    head = f"def step_{number}(inputs: List[Tensor], all: List[List[Tensor]]) -> Tensor:\n"
+    head = f"def step_{number}(inputs: List[Tensor], all: List[List[Tensor]]) -> List[Tensor]:\n"
     return head + textwrap.indent(f"constants = all[{number}]\n{program.body}\n", "    ")
 
 
@@ -171,9 +183,9 @@ def loop(
     starts: List[Tensor], common: List[List[Tensor]], corrections: List[List[Tensor]],
     x: Tensor, y: Tensor, samples: Tensor, weights: Tensor, keys: Tensor, sample_keys: Tensor,
     flat: Tensor, params: List[Tensor], slots: List[Tensor], apart: List[Tensor], apart_views: List[Tensor],
-    local: List[Tensor], state: List[Tensor],
-    out: Optional[Tensor], total: Tensor, shares: List[float], norms: Tensor, losses: Tensor, padded: List[bool],
-    constants: List[List[Tensor]]
+    local: List[Tensor], kept: List[Tensor], own: List[Tensor], left: List[Tensor],
+    out: Optional[Tensor], total: Tensor, shares: List[float], norms: Tensor, losses: Tensor,
+    padded: List[bool], last: int, constants: List[List[Tensor]]
 ):
     given: List[Tensor] = []
     s = 0
@@ -185,10 +197,13 @@ def loop(
         for j in range(len(apart)):
             apart[j].copy_(apart_views[j])
         for j in range(len(local)):
-            local[j].copy_(state[j][row])
+            local[j].copy_(kept[j][row])
         for j in range(len(slots)):
             slots[j].zero_()
-        own = params + slots + common[versions[i]]
+        told = params + slots + common[versions[i]]
+        for j in range(len(own)):
+            told.append(own[j][row])
+        carried: List[Tensor] = []
         begun = s
         for k in range(gathers[i], gathers[i + 1]):
             high = low
@@ -200,7 +215,7 @@ def loop(
             at = 0
             while s < first[k + 1]:
                 size = length[s]
-                inputs = own + [xs.narrow(0, at, size), ys.narrow(0, at, size)]
+                inputs = told + [xs.narrow(0, at, size), ys.narrow(0, at, size)]
                 if padded[program[s]]:
                     inputs.append(weights.narrow(0, low, size))
                 if keys.numel() > 0:
@@ -209,14 +224,20 @@ def loop(
                     inputs.append(sample_keys.narrow(0, low, size))
                 if len(corrections) > 0:
                     inputs = inputs + corrections[s - begun]
-                given.append(step(program[s], inputs, constants))
+                results = step(program[s], inputs + carried, constants)
+                given.append(results[0])
+                carried = results[1:]
                 at = at + size
                 low = low + size
                 s = s + 1
+        if last >= 0:
+            results = step(last, told + carried, constants)
+            for j in range(len(left)):
+                left[j][row].copy_(results[j])
         for j in range(len(apart)):
             apart_views[j].copy_(apart[j])
         for j in range(len(local)):
-            state[j][row].copy_(local[j])
+            kept[j][row].copy_(local[j])
         if out is not None:
             delta = out[row]
             torch.sub(flat, start, out=delta)
@@ -231,4 +252,5 @@ def loop(
         losses.copy_(torch.stack(given))
 """
 """Local rounds, client after client: from the version that each starts from, in the memory of one lane, by steps that
-were recorded, to its update: a row of `out`, or added to `total` with its share where there is no `out`."""
+were recorded, to its update: a row of `out`, or added to `total` with its share where there is no `out`. What else a
+client leaves goes to its rows of `left`."""

@@ -100,18 +100,18 @@ def _place(tensor: Tensor) -> Any:
 class Program(NamedTuple):
     """A recorded function of tensors, and of the constants that it reads beside them, as TorchScript: Python too."""
 
-    body: str  # statements that read `inputs[i]` and `constants[i]`, and return the result
+    body: str  # statements that read `inputs[i]` and `constants[i]`, and return a list
     constants: list[Tensor]
 
-    def __call__(self, inputs: list[Tensor]) -> Tensor:
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         """Run the statements as Python, which they are as well."""
         scope: dict[str, Any] = {"torch": torch}
         exec(f"def run(inputs, constants):\n{textwrap.indent(self.body, '    ')}", scope)
-        result: Tensor = scope["run"](inputs, self.constants)
-        return result
+        results: list[Tensor] = scope["run"](inputs, self.constants)
+        return results
 
 
-def record(function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor]) -> Program:
+def record(function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]) -> Program:
     """Return a program that does what a function does to tensors of these shapes.
 
     What the function writes into, the program writes into as well. What it reads beside its inputs is a constant.
@@ -126,16 +126,13 @@ def record(function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor]) -> 
     """
     recorder = Recorder(inputs)
     with recorder:
-        result = function(inputs)
-    known = recorder.known(result)
-    if not isinstance(known, _Ref):
-        raise NotRecordable("the result does not depend on the inputs")
-    ops, last = _without_aliases(recorder.ops, known)
-    ops = _live(_into_place(_live(ops, last)), last)
-    return _written(ops, last, len(inputs))
+        results = [recorder.known(result) for result in function(inputs)]
+    ops, results = _without_aliases(recorder.ops, results)
+    ops = _live(_into_place(_live(ops, results), results), results)
+    return _written(ops, results, len(inputs))
 
 
-def _written(ops: list[_Op], result: int, count: int) -> Program:
+def _written(ops: list[_Op], results: list[Any], count: int) -> Program:
     """Write operations as statements, one each."""
     constants: list[Tensor] = []
 
@@ -168,14 +165,14 @@ def _written(ops: list[_Op], result: int, count: int) -> Program:
         call = f"torch.ops.aten.{name}({', '.join(args)})"
         outs = ", ".join("_" if number is None else f"v{number}" for number in op.outs)
         lines.append(f"{outs} = {call}")
-    return Program("\n".join([*lines, f"return {text(_Ref(result))}"]), constants)
+    return Program("\n".join([*lines, f"return {text(results)}"]), constants)
 
 
-def _without_aliases(ops: list[_Op], result: _Ref) -> tuple[list[_Op], int]:
+def _without_aliases(ops: list[_Op], results: list[Any]) -> tuple[list[_Op], list[Any]]:
     """Leave out what returns its argument: `detach`, a factor 1, and the transposition of a transposition.
 
     Returns:
-        What is left, and the number of the result then.
+        What is left, and the results then.
 
     """
     same: dict[int | None, _Ref] = {}
@@ -204,12 +201,13 @@ def _without_aliases(ops: list[_Op], result: _Ref) -> tuple[list[_Op], int]:
             if op.function is aten.ones_like.default:
                 ones.add(out)
         kept.append(op._replace(args=args, kwargs=kwargs))
-    return kept, root(result).number
+    return kept, [root(result) for result in results]
 
 
-def _into_place(ops: list[_Op]) -> list[_Op]:
+def _into_place(ops: list[_Op], results: list[Any]) -> list[_Op]:
     """Let a product that is subtracted from (or added to) a tensor be accumulated there, never written by itself."""
     readers = Counter(number for op in ops for number in _read(op))
+    readers.update(result.number for result in results if isinstance(result, _Ref))
     base: dict[int | None, int] = {}  # number of a view → of what it is a view of
     for op in ops:
         if op.function.is_view and isinstance(op.args[0], _Ref):
@@ -231,9 +229,9 @@ def _into_place(ops: list[_Op]) -> list[_Op]:
     return fused
 
 
-def _live(ops: list[_Op], result: int) -> list[_Op]:
+def _live(ops: list[_Op], results: list[Any]) -> list[_Op]:
     """Leave out what nobody reads."""
-    wanted: set[int | None] = {result}
+    wanted: set[int | None] = {result.number for result in results if isinstance(result, _Ref)}
     kept = []
     for op in reversed(ops):
         if op.function._schema.is_mutable or wanted.intersection(op.outs):

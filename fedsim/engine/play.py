@@ -1,0 +1,155 @@
+"""The programs of a local round, recorded as they are met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.engine.native import BUCKETS, Sizes, Steps, compiled
+from fedsim.engine.record import NotRecordable, Program, record
+from fedsim.engine.step import TURNS, Kind, Step
+from fedsim.engine.task import Block
+
+LONG = 1000  # operations of a step from which on one costs little more with a few samples than with many
+
+
+class Play:
+    """What a client's round is made of, where the rule sends what has certain names.
+
+    The first steps of a round may differ from the later ones (there is no step state yet): each of the first `TURNS`
+    is recorded, and the later ones must all be of one kind.
+
+    Args:
+        step: what is recorded.
+        sent: an example of what the rule sends.
+        pulled: whether shared parameters are pulled towards what was received.
+
+    Raises:
+        NotRecordable: a step depends on a tensor's value, on its number, or on a global generator.
+        ValueError: a recorded step is not the step itself.
+
+    """
+
+    def __init__(self, step: Step, sent: Mapping[str, Any], *, pulled: bool) -> None:
+        self.step, self.pulled, self.sent = step, pulled, dict(sent)
+        self.programs: dict[Kind, Program] = {}
+        training, sizes = step.training, step.task.partition.sizes
+        self.full = min(training.batch_size or int(sizes.max(initial=1)), len(step.task.x))
+        self.carried: list[tuple[tuple[str, ...], list[Tensor]]] = [((), [])]  # what each step is given by the last
+        self.known: list[Kind] = []
+        self._loop: Callable[..., None] | None = None
+        turns = self._turns() if step.situated else 0
+        first = self._program(self._kind(self.full, turn=0))
+        self._prove(first)
+        long = first.body.count("\n") > LONG
+        self.sizes = Sizes(self.full if step.of_batch else 1 if long else BUCKETS, turns)
+        self.finish: Program | None = None
+        self.leaves: list[tuple[str, Tensor]] = []  # names and examples of what a round ends with
+        if step.finishes:
+            self.finish, self.leaves = self._finish()
+
+    def _kind(self, size: int, *, padded: bool = False, turn: int = 0) -> Kind:
+        return Kind(size, padded, self.pulled, tuple(sorted(self.sent)), turn)
+
+    def _program(self, kind: Kind) -> Program:
+        if kind not in self.programs:
+            names, values = self.carried[min(kind.turn, len(self.carried) - 1)]
+            inputs = self.step.example(kind, self.sent, [value.clone() for value in values])
+            self.programs[kind] = record(lambda given: self.step(given, kind, names), inputs)
+        return self.programs[kind]
+
+    def _turns(self) -> int:
+        """Record the first steps of a round; return how many of them are of their own kind."""
+        texts = []
+        for turn in range(TURNS + 2):
+            kind = self._kind(self.full, turn=turn)
+            names, values = self.carried[turn]
+            program = self._program(kind)
+            with torch.no_grad():
+                left = program(self.step.example(kind, self.sent, [value.clone() for value in values]))[1:]
+            self.carried.append((self.step.carried[kind], left))
+            texts.append((names, program.body, _numbers(program.constants)))
+        if texts[-1] != texts[-2]:
+            raise NotRecordable("what a step does depends on its number in the round")
+        turns = TURNS
+        while turns and texts[turns - 1] == texts[-1]:
+            turns -= 1
+        self.programs = {kind: program for kind, program in self.programs.items() if kind.turn <= turns}
+        # From `turns` on each step is given what the one before it left, whose names are the same.
+        self.carried = [*self.carried[:turns], self.carried[-1]]
+        return turns
+
+    def _prove(self, program: Program) -> None:
+        """Hold a recorded step against the step itself on other samples and other weights."""
+        kind = self._kind(self.full)
+        given = self.step.example(kind, self.sent, [], number=1)
+        again = [tensor.clone() for tensor in given]
+        with torch.no_grad():
+            pairs = zip([*program(given), *given], [*self.step(again, kind), *again], strict=True)
+        if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in pairs):
+            raise ValueError("a recorded step differs from the step itself: the model depends on more than its inputs")
+
+    def _finish(self) -> tuple[Program, list[tuple[str, Tensor]]]:
+        """Record the end of a round; return it with names and examples of what it leaves."""
+        named: list[str] = []
+        texts = []
+        program: Program | None = None
+        left: list[Tensor] = []
+        for turn in (TURNS, TURNS + 1):
+            kind = self._kind(self.full, turn=turn)
+            names, values = self.carried[-1]
+
+            def end(given: list[Tensor], kind: Kind = kind, names: tuple[str, ...] = names) -> list[Tensor]:
+                found, results = self.step.finish(given, kind, names)
+                named[:] = found
+                return results
+
+            program = record(end, self._ended(kind, values))
+            with torch.no_grad():
+                left = program(self._ended(kind, values))
+            texts.append((program.body, _numbers(program.constants)))
+        if texts[0] != texts[1]:
+            raise NotRecordable("what a round ends with depends on the number of its last step")
+        assert program is not None  # of two turns
+        return program, list(zip(named, left, strict=True))
+
+    def _ended(self, kind: Kind, values: list[Tensor]) -> list[Tensor]:
+        """Return an example of what a round ends with: a step's list without the inputs of a step."""
+        step = self.step
+        given = step.example(kind, self.sent, [])
+        count = len(given) - step.num_inputs(kind)
+        return [*given[:count], *(value.clone() for value in values)]
+
+    def room(self, block: Block) -> list[Tensor]:
+        """Return where a round leaves what it ends with, (K, …) each; what is new is made room for in a block."""
+        places = []
+        for name, value in self.leaves:
+            group, _, key = name.partition("/")
+            if group == "state":
+                places.append(block.state[key])
+            elif group == "extra":
+                empty = value.new_zeros(len(block.weights), *value.shape)
+                places.append(block.extras.setdefault(key, empty))
+            else:
+                places.append(block.weights)
+        return places
+
+    def loop(self, steps: Steps) -> Callable[..., None]:
+        """Return the loop over all kinds of steps met so far, and number some steps by it: compiling takes 20 ms."""
+        kinds = [self._kind(size, padded=padded, turn=turn) for size, padded, turn in steps.kinds]
+        new = [kind for kind in kinds if kind not in self.known]
+        if new or self._loop is None:
+            self.known += new
+            programs = [self._program(kind) for kind in self.known]
+            self._loop = compiled(programs, [kind.padded for kind in self.known], self.finish)
+        steps.program = np.array([self.known.index(kind) for kind in kinds], dtype=np.int64)[steps.program]
+        return self._loop
+
+
+def _numbers(constants: list[Tensor]) -> list[Any]:
+    """Return constants as what can be compared."""
+    return [(tuple(value.shape), str(value.dtype), value.flatten()[:64].tolist()) for value in constants]
