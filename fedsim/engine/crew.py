@@ -11,6 +11,7 @@ import torch
 
 from fedsim.engine.auto import make_engine
 from fedsim.engine.parcel import Parcel, pack
+from fedsim.engine.pool import Pool
 from fedsim.engine.store import ClientStore
 from fedsim.engine.task import Engine, Task
 from fedsim.engine.worker import Setup, numerics
@@ -34,7 +35,7 @@ class Crew:
         inner_arguments: of that engine, where it is not "auto".
         block: rows ≥ 1 that a worker trains at a time; None: from a fixed table of cohort and parameters.
         worker_threads: ≥ 1 of each worker's operations on a CPU.
-        address: of a Ray cluster, "auto" or host:port; None: one of this run's own.
+        address: of a Ray cluster, "auto" or host:port; None: one of this run's own. Not with processes.
 
     Raises:
         ValueError: an argument is out of range.
@@ -74,6 +75,7 @@ class Crew:
             UserError: no such device, or a task that cannot be sent to workers.
 
         """
+        devices = self._devices(task.device) if name == "processes" else []
         inner, why = make_engine(task, self.inner, cohort=cohort, threads=1, **self.inner_arguments)
         inner.close()
         arguments = dict(inner.plan)
@@ -86,24 +88,25 @@ class Crew:
             "worker_threads": self.worker_threads,
         }  # fmt: skip
         num_blocks = -(-cohort // block)
-        pool, workers = (self._ray if name == "ray" else self._processes)(task, bare, setup, num_blocks)
+        pool: Pool
+        if name == "processes":
+            pool, workers = self._processes(task, bare, setup, num_blocks, devices)
+        else:
+            pool, workers = self._ray(task, bare, setup, num_blocks)
         return Distributed(task, pool, plan=plan, workers=workers), f"{kind} in each worker: {why}"
 
-    def _processes(self, task: Task, bare: Task, setup: Setup, num_blocks: int) -> tuple[Any, int]:
+    def _processes(self, task: Task, bare: Task, setup: Setup, num_blocks: int, devices: list[str]) -> tuple[Pool, int]:
         from fedsim.engine.processes import Processes
 
-        devices = self._devices(task.device)
         default = len(devices) if self.devices is not None or task.device.type != "cpu" else min(_cores(), num_blocks)
         workers = self.workers or default
         each = [devices[k % len(devices)] for k in range(workers)]
         parcel = _packed(bare, "processes", pack)
         return Processes(parcel, setup, devices=each, row=task.shared.size, dtype=task.dtype), workers
 
-    def _ray(self, task: Task, bare: Task, setup: Setup, num_blocks: int) -> tuple[Any, int]:
+    def _ray(self, task: Task, bare: Task, setup: Setup, num_blocks: int) -> tuple[Pool, int]:
         from fedsim.engine.ray import Actors, Cluster
 
-        if self.devices is not None:
-            raise UserError("engine=ray: Ray places workers on devices itself; leave engine.devices null")
         cluster = Cluster(self.address, self.workers, min(_cores(), num_blocks), self.worker_threads, task.device.type)
         try:
             return Actors(cluster, _packed(bare, "ray", cluster.pack), setup, task), cluster.workers

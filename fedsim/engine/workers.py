@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -108,7 +108,7 @@ class Distributed:
 
     def stream(
         self, parts: Sequence[Job], shares: Sequence[Tensor] | None = None
-    ) -> Iterator[tuple[int, Callable[[], tuple[Block, Tensor]]]]:
+    ) -> Generator[tuple[int, Callable[[], tuple[Block, Tensor]]], None, None]:
         """Train blocks side by side; yield (number, what waits for its block and rows), the longest first.
 
         The order depends on the blocks alone. Rows (k, D) are there until the next number is asked for; at most
