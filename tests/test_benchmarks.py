@@ -1,10 +1,12 @@
 """The benchmarks' own arithmetic, their checks of the sides, and other frameworks' processes."""
 
 import importlib
+import inspect
 import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -196,7 +198,8 @@ import numpy as np
 import protocol
 work = protocol.load(sys.argv[1])
 print("a framework's chatter")
-protocol.serve(lambda: np.concatenate([part.ravel() for part in protocol.split(work)]) + np.float32(work["order"].sum()), "numpy")
+start = np.concatenate([part.ravel() for part in protocol.split(work)])
+protocol.serve(lambda: start + np.float32(work["order"].sum()), "numpy")
 """
 
 
@@ -233,6 +236,63 @@ def test_a_peer_that_cannot_run_is_left_out_by_name(environments, tmp_path):
         assert "make.sh" in left_out["absent"]
     with peer.peers_of(tiny(), options(), wanted) as (started, left_out):
         assert left_out == dict.fromkeys(wanted, "needs --peers DIR")
+
+
+RESULTS = {
+    "machine": {
+        "processor": "P", "threads": 2, "device": "cpu", "python": "3.11", "versions": {"torch": "2", "jax": None},
+        "commit": "0123456789abcdef", "load": [0.5, 1, 1], "peak_rss_mib": 10.0,
+    },
+    "B4": {
+        "title": "the dense case",
+        "figures": {
+            "loop": {"median_ms": 20.0, "q1_ms": 19.0, "q3_ms": 22.0, "min_ms": 18.0},
+            "engine": {"median_ms": 10.0, "q1_ms": 9.0, "q3_ms": 11.0, "min_ms": 8.0},
+            "auto": {"median_ms": 10.0, "q1_ms": 9.0, "q3_ms": 11.0, "min_ms": 8.0},
+        },
+        "ratios": {"engine/loop": {"median": 2.0, "q1": 1.9, "q3": 2.1}, "auto/loop": {"median": 2.0}},
+        "plans": {"engine": {"engine": "vectorized", "kernels": "captured"}},
+        "same_as": {"auto": "engine"},
+        "left_out": {"jax": "needs --peers DIR"},
+    },
+    "B1": {"error": "RuntimeError: sides differ"},
+    "after": {"load": [2.0, 1, 1], "peak_rss_mib": 20.0},
+}  # fmt: skip
+
+
+def test_figures_become_a_table():
+    text = module("table").markdown(RESULTS)
+    assert "commit 012345678" in text
+    assert "Provisional" not in text
+    assert "| side | ms a round | over loop | plan |" in text
+    assert "| engine | 10 (9 – 11) | 2 (1.9 – 2.1) | vectorized captured |" in text
+    assert "* auto took the same as engine." in text
+    assert "* Left out: jax (needs --peers DIR)." in text
+    assert "Failed: RuntimeError: sides differ" in text
+
+
+def test_figures_of_a_busy_machine_are_marked():
+    busy = RESULTS | {"machine": RESULTS["machine"] | {"load": [5.0, 1, 1]}}
+    assert "Provisional: the machine was busy" in " ".join(module("table").markdown(busy).split())
+
+
+def test_tables_go_between_the_marks_of_the_document():
+    table = module("table")
+    old = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
+    assert table.into(old, "new") == f"before\n{table.BEGIN}\n\nnew\n{table.END}\nafter\n"
+    with pytest.raises(ValueError, match="needs the lines"):
+        table.into("no marks", "new")
+
+
+def test_the_document_shows_the_loop_that_is_raced():
+    loops, document = module("loops"), (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    source = textwrap.dedent(inspect.getsource(loops.TightLoop.__call__))
+    assert source in document
+    table = module("table")
+    assert table.BEGIN in document
+    assert table.END in document
+    for name in ("B1", "B2", "B3", "B4", "B5", "B7", "B8", "overhead"):
+        assert f"| {name} |" in document, name
 
 
 def test_the_script_of_environments_parses():
