@@ -24,15 +24,18 @@ ALL = {
     "B3": "benchmarks.training:b3",
     "B4": "benchmarks.training:b4",
     "B5": "benchmarks.aggregation:b5",
+    "B6": "benchmarks.scale:scale",
     "B7": "benchmarks.strategies:b7",
     "B8": "benchmarks.crossover:b8",
     "B9": "benchmarks.replicas:b9",
     "overhead": "benchmarks.training:overhead",
+    "memory": "benchmarks.memory:memory",
     "auto": "benchmarks.auto:auto",
     "gpu": "benchmarks.gpu:gpu",
+    "workers": "benchmarks.workers:workers",
 }
 
-ON_REQUEST = ("auto", "gpu")  # minutes, and no figure of the tables
+ON_REQUEST = ("memory", "auto", "gpu", "workers")  # minutes, and no figure of the tables
 
 
 def main() -> None:
