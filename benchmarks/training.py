@@ -67,7 +67,7 @@ def b4(options: harness.Options) -> dict[str, Any]:
     work = workloads.b4()
     peers = {
         "jax": ("jax", "jax_b4.py"), "flower": ("flower", "flower_sim.py"),
-        "flower_tutorial": ("flower", "flower_sim.py", "--style", "tutorial"),
+        "flower_tutorial": ("flower", "flower_sim.py", "--style", "tutorial"), "fedjax": ("fedjax", "fedjax_b4.py"),
     }  # fmt: skip
     run = WholeRound(work, cohort=work.cohort)
     title = "cohort 100 of 50 samples, batch 10, MLP 784-200-10"
