@@ -46,7 +46,7 @@ STACK = (
     ),
     ("loop",),
     ("catalogue", "construct", "misfit", "config", "saved", "timing", "build"),
-    ("simulation", "sweep", "report"),
+    ("simulation", "chorus", "replicas", "sweep", "report"),
     ("verbs", "testing"),
     ("cli", "__main__"),
 )
