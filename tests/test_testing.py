@@ -68,7 +68,7 @@ def test_shapes_that_do_not_fit_are_named():
 @pytest.fixture(scope="module")
 def config_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("configs")
-    defaults = "[{model: mlp}, {compressor: none}, {client: sgd}, {strategy: fedavg}, _self_]"
+    defaults = "[{model: mlp}, {compressor: none}, {sampler: uniform}, {client: sgd}, {strategy: fedavg}, _self_]"
     lines = f"defaults: {defaults}\nhydra: {{searchpath: ['pkg://fedsim.configs']}}\n"
     (folder / "main.yaml").write_text(lines)
     return str(folder)
