@@ -194,6 +194,22 @@ def test_a_cohort_trains_without_asking_the_device_for_a_value(kind, what):
         float(block.square_norms[0])
 
 
+@pytest.mark.parametrize("what", WHAT, ids="-".join)
+def test_one_client_after_another_trains_without_asking_the_device_before_the_job_ends(what, monkeypatch):
+    ends = []
+
+    def sums(values, offsets):  # which checks its offsets: one question a job
+        ends.append(len(offsets))
+        return values.new_zeros(len(offsets) - 1)
+
+    monkeypatch.setattr("fedsim.engine.client.segment_sums", sums)
+    task, weights = make_task(*what, device="meta")
+    out = torch.empty(len(SIZES), task.shared.size, dtype=weights.dtype, device="meta")
+    block = Sequential(task).train(make_job(task, weights), out)
+    assert block.square_norms.device.type == "meta"
+    assert set(ends) == {len(SIZES) + 1}
+
+
 def test_a_layer_whose_constant_stays_on_the_cpu_is_found_on_meta():
     layer = nn.Linear(3, 2).to("meta")
     with pytest.raises(RuntimeError):
