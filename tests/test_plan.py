@@ -72,7 +72,7 @@ def test_a_resumed_run_resolves_nothing_anew(run, monkeypatch, engine):
     long = run(*settings, num_rounds=6)
     short = run(*settings, num_rounds=3)
     before = plan_of(short)
-    monkeypatch.setattr(auto, "Sequential" if before["engine"] == "vectorized" else "GENERIC_PAYS", None)
+    monkeypatch.setattr(auto, "_by_table", None)
     monkeypatch.setattr(vectorized, "CHUNK_ROWS", {"cpu": 3, "cuda": 3})
     monkeypatch.setattr(planning, "block_rows", lambda engine: 1)
     monkeypatch.setattr(planning.CheckpointCost, "every", lambda self: 17)
