@@ -59,8 +59,8 @@ def _rounds(clients: int, cohort: int, folder: Path) -> dict[str, float]:
     )  # fmt: skip
     settings = [
         "partition=iid", f"partition.num_clients={clients}", f"fraction={cohort / clients}", "model=logreg",
-        f"client.batch_size={SAMPLES}", "data.validation=0", "metrics.every=1000", "metrics.clients_every=0", "partition.local_test=0",
-        f"num_rounds={ROUNDS + 1}",
+        f"client.batch_size={SAMPLES}", "data.validation=0", "metrics.every=1000", "metrics.clients_every=0",
+        "partition.local_test=0", f"num_rounds={ROUNDS + 1}",
     ]  # fmt: skip
     began = time.perf_counter()
     experiment = build(compose(settings), {"data": data})
