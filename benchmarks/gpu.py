@@ -7,6 +7,7 @@ samples through one model at its best batch size. All compute deterministically.
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -190,6 +191,7 @@ def _switched(side: harness.Side, precision: str) -> harness.Side:
 @contextmanager
 def _deterministic() -> Any:
     """Let every side compute as a run does."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS is first used
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
     torch.use_deterministic_algorithms(torch.cuda.is_available(), warn_only=True)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

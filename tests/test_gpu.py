@@ -5,6 +5,7 @@ though no accelerator is at hand.
 """
 
 import itertools
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ from fedsim.models.resnet import resnet8
 from fedsim.peak import Peak
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 SIZES = np.array([7, 1, 20, 13, 4, 4])
