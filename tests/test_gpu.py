@@ -267,6 +267,16 @@ def test_an_attack_runs_where_the_updates_are(attack, tmp_path):
     assert result.summary["num_rounds"] == 2
 
 
+def test_several_devices_train_as_one(tmp_path):
+    words = ["num_rounds=2", "dtype=float64", "fraction=1.0"]
+    devices = list(range(torch.cuda.device_count())) if GPU else ["cpu", "cpu"]
+    one = run(tmp_path / "one", *words, "engine=sequential")
+    many = run(tmp_path / "many", *words, "engine=processes", f"engine.devices={devices}".replace("'", "").replace(" ", ""))
+    assert many.summary["plan"]["engine"] == "processes"
+    for a, b in zip(one.model.parameters(), many.model.parameters(), strict=True):
+        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-9, atol=1e-12)
+
+
 def test_memory_that_runs_out_halves_the_chunk_and_changes_no_bit(tmp_path, monkeypatch):
     words = ["engine=vectorized", "engine.chunk=6", "fraction=1.0", "num_rounds=2", "dtype=float64"]
     whole = run(tmp_path / "whole", *words)
