@@ -271,7 +271,9 @@ def test_several_devices_train_as_one(tmp_path):
     words = ["num_rounds=2", "dtype=float64", "fraction=1.0"]
     devices = list(range(torch.cuda.device_count())) if GPU else ["cpu", "cpu"]
     one = run(tmp_path / "one", *words, "engine=sequential")
-    many = run(tmp_path / "many", *words, "engine=processes", f"engine.devices={devices}".replace("'", "").replace(" ", ""))
+    many = run(
+        tmp_path / "many", *words, "engine=processes", f"engine.devices={devices}".replace("'", "").replace(" ", "")
+    )
     assert many.summary["plan"]["engine"] == "processes"
     for a, b in zip(one.model.parameters(), many.model.parameters(), strict=True):
         torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-9, atol=1e-12)
