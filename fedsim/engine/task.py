@@ -190,4 +190,4 @@ def mean_criterion(objective: Any) -> Any:
             return objective.mean_criterion
         if "criterion" in vars(kind):
             return None
-    return None
+    return getattr(objective, "mean_criterion", None)  # of what it wraps
