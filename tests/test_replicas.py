@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fedsim
-from fedsim import replicas
+from fedsim import checkpoint, replicas
 from fedsim.clients.cross_entropy import CrossEntropy
 from fedsim.config import compose
 from fedsim.console import Observer
@@ -532,3 +532,13 @@ def test_a_batch_reports_each_failure_and_a_killed_worker_fails_all_of_it(boom):
     Path("mended").touch()
     sweep(["resume=s", "sweep.batch=true"], None, Board())
     assert [row["state"] for row in json.loads(Path("s/sweep.json").read_text())["trials"]] == ["done"] * 3
+
+
+def test_runs_that_were_cut_off_in_different_rounds_go_on_from_one_that_all_have(here):
+    for name, rounds in (("a", (2, 3)), ("b", (1, 2)), ("c", ())):
+        for number in rounds:
+            checkpoint.save(Path(name) / "checkpoints", number, {"x": number})
+    replicas._rewind([Path("a"), Path("b")])
+    assert [checkpoint.rounds(Path(name) / "checkpoints") for name in "ab"] == [[2], [1, 2]]
+    replicas._rewind([Path("a"), Path("c")])  # none in common: each from its own
+    assert checkpoint.rounds(Path("a") / "checkpoints") == [2]
