@@ -48,7 +48,8 @@ class WholeRound:
         kept = [setting for setting in settings if setting.split("=")[0] not in chosen]
         config = compose([*kept, *overrides])
         self.experiment = build(config, {"data": dataset(work), "model": work.module})
-        self.plan: dict[str, Any] = dict(self.experiment.plan)
+        plan = self.experiment.plan
+        self.plan: dict[str, Any] = {**plan.get("engine_arguments", {}), **plan}
         self.loop = Loop(self.experiment, Path(self._folder.name), Observer())
 
     def __call__(self, number: int) -> None:

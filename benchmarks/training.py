@@ -68,6 +68,7 @@ def b4(options: harness.Options) -> dict[str, Any]:
     peers = {
         "jax": ("jax", "jax_b4.py"), "flower": ("flower", "flower_sim.py"),
         "flower_tutorial": ("flower", "flower_sim.py", "--style", "tutorial"), "fedjax": ("fedjax", "fedjax_b4.py"),
+        "fedlab": ("fedlab", "fedlab_b4.py"),
     }  # fmt: skip
     run = WholeRound(work, cohort=work.cohort)
     title = "cohort 100 of 50 samples, batch 10, MLP 784-200-10"
@@ -90,7 +91,7 @@ def overhead(options: harness.Options) -> dict[str, Any]:
 def compare(  # noqa: PLR0913  a workload and how to race it
     work: workloads.Workload, options: harness.Options, title: str, *, hand: bool = False,
     engines: tuple[str, ...] = ENGINES, limit_batch: int = 500, warm: int = 2,
-    peers: Mapping[str, tuple[str, ...]] | None = None, run: harness.Side | None = None,
+    peers: Mapping[str, tuple[str, ...]] | None = None, run: WholeRound | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Check that all sides compute the same mean update, then race them."""
     baselines: dict[str, harness.Side] = {"tight_loop": TightLoop(work)}
@@ -126,6 +127,7 @@ def compare(  # noqa: PLR0913  a workload and how to race it
         raced = {**sides, **({"run": run} if run else {}), **others}
         seconds = harness.race(raced, options, warm=warm)
         plans |= {name: dict(peer.about) for name, peer in others.items()}
+        plans |= {"run": dict(run.plan)} if run else {}
     seconds |= {name: seconds[twin] for name, twin in aliases.items()}
     for engine in opened:
         engine.close()
