@@ -72,6 +72,7 @@ def app_of(local: Callable[[int, int], tuple[EngineBackend, int]]) -> ClientApp:
         """Return this node's client with what it kept."""
         asked = context.node_config["partition-id"], context.node_config["num-partitions"]
         backend, client = local(int(asked[0]), int(asked[1]))
+        backend.task.store.touched[client] = False  # what this process remembers may be another run's
         if held := kept(context):
             backend.task.store.put(np.array([client]), {name: value[None] for name, value in held.items()})
         return backend, client
