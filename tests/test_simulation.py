@@ -195,7 +195,7 @@ def test_the_local_bound_trains_everyone_alone(run):
     )  # fmt: skip
     assert weights(result) == {}  # nothing is shared, so there is no global model to write
     assert result.summary["bytes_up"] < 200  # a few numbers beside an update of no parameters
-    loop_state = load_file(max((result.folder / "checkpoints").glob("*.safetensors")))
+    loop_state = load_file(max((result.folder / "checkpoints" / "clients").glob("*.safetensors")))
     personal = next(value for value in loop_state.values() if value.shape == (4, 2))  # (K, 2)
     assert len({tuple(row) for row in personal.tolist()}) == 4
     experiment = building.build(
