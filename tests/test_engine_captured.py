@@ -1,6 +1,8 @@
 """A step is recorded once and then runs without Python, with the same numbers."""
 
 import copy
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -196,6 +198,7 @@ class Phased(CrossEntropy):
         (lambda: make_task(Draws().double()), "aten::rand_like draws from torch's global generator"),
         (lambda: make_task(objective=Counting()), "what a step does depends on its number"),
         (lambda: make_task(objective=Phased()), "the objective has phases"),
+        (lambda: make_task(objective=object()), "neither criterion nor loss"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_recorded_is_said_and_trained_otherwise(task, why):
@@ -267,3 +270,14 @@ def test_images_train_channels_last(capture):
     one, _ = trained(Sequential(task), job)
     other, _ = trained(capture(make_task(net, x=x)), job)
     torch.testing.assert_close(other, one, rtol=0, atol=1e-12)
+
+
+def test_a_run_does_not_import_a_compiler(tmp_path):
+    script = f"""
+import sys
+from fedsim import simulate
+simulate("strategy=fedavg", num_rounds=1, folder={str(tmp_path / "run")!r})
+print(sorted({{"torch._dynamo", "torch._inductor", "sympy"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"  # each takes half a second or more

@@ -226,6 +226,8 @@ def _check(task: Task) -> None:
         raise ValueError("the model has running statistics (batch norm?)")
     if hasattr(task.objective, "phases"):
         raise ValueError("the objective has phases")
+    if not hasattr(task.objective, "loss") and not hasattr(task.objective, "criterion"):
+        raise ValueError("the objective has neither criterion nor loss")
     if hasattr(task.objective, "loss"):
         most = task.training.batch_size
         if most is None or most > LOSSES:

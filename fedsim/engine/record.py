@@ -35,7 +35,18 @@ class _Op(NamedTuple):
     alike: bool  # whether what it reads and returns is of one shape and type
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operation below autograd, and does not import torch's compiler to do so, which takes a second."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class Recorder(Watch):
     """Writes down the operations that run inside, forward and backward alike, below autograd.
 
     A tensor is known by where it lies and how it is laid out, not by its Python object: what autograd saves of an
@@ -43,18 +54,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.ops: list[_Op] = []
         self.alive: list[Any] = []
         self.numbers: dict[Any, int] = {}
         self.count = 0
         for tensor in inputs:
             self._name(tensor)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here, and importing the compiler takes a second."""
-        return False
 
     def _name(self, tensor: Tensor) -> int:
         self.alive.append(tensor)

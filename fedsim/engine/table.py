@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedsim.engine.record import Watch
 from fedsim.engine.task import Task
 
 
@@ -79,11 +79,11 @@ def microseconds(engine: str, given: Shapes, chunk: int = 1) -> float:
     return float(given.steps.mean() * total / side_by_side)
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch states no types here
+class _Counter(Watch):
     """Counts what a forward does, as torch's own kernels are called for it."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.operations, self.products, self.convolutions = 0, 0.0, 0.0
 
     def __torch_dispatch__(
