@@ -46,6 +46,7 @@ class EngineBackend:
         self.uplink: Uplink | None = None  # compression and attacks on rows that are held; the run loop sets it
         self.cohort: Cohort | None = None  # of the last round, good rows only
         self.dispatcher: Dispatcher | None = None  # who arrives, and from which version
+        self.sent: Callable[[Tensor, Mapping[str, Any], int], Tensor] | None = None  # the rule's, see `Rule`
 
     @property
     def layout(self) -> Layout:
@@ -120,10 +121,11 @@ class EngineBackend:
                     f"round {job.round}: replies of versions {version} and {newest} were trained at the rates {rate} "
                     f"and {job.lr}; with replies of several versions the local rate must stay as it is"
                 )
+        starts = {v: self.sent(held.models[v], sent[v], newest - v) if self.sent else held.models[v] for v in old}
         return replace(
             job,
             received=arrivals.received,
-            models={**job.models, **{v: held.models[v] for v in old}},
+            models={**job.models, **starts},
             broadcasts={**job.broadcasts, **sent},
             key=arrivals.received + 1,
         )

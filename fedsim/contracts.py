@@ -85,6 +85,8 @@ class Rule(Protocol):
         check(num_participants: int) -> None     raise ValueError before training if the cohort is too small
         broadcast(state) -> {name: Tensor|float} sent with the model, versioned with it; `context.broadcast`.
                                                  "lr_scale" is a factor on the clients' rate, "proximal_mu" their mu
+        sent(model, broadcast, staleness) -> (D,)        what a client begins at that was sent a version (D,) and
+                                                 answers so many rounds ≥ 1 late; the version itself unless given
         needs: tuple[str, …]                     names of values given to `bind` at build time: "local_training"
         bind(**values) -> Rule                   the same rule, knowing them
         needs_rows: bool                         True: a linear rule that wants the matrix all the same

@@ -59,6 +59,7 @@ class Loop:
         self.strategy = self._strategy()
         self.backend = self._backend()
         self.backend.uplink = self.uplink
+        self.backend.sent = getattr(experiment.strategy, "sent", None)
         served: Any = experiment.foreign or self.backend
         self.grid = SimulationGrid(
             served,

@@ -10,8 +10,10 @@ from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.fedbuff import FedBuff
 from fedsim.strategies.first_order import FirstOrder
 from fedsim.strategies.median import Median
+from fedsim.strategies.scaffold import Scaffold
 from fedsim.strategies.stale_weighted import StaleWeighted
 from fedsim.strategies.staleness import discount
+from fedsim.strategies.w_pred import WPred
 from fedsim.testing import cohort_of
 
 EXACT = {"rtol": 1e-13, "atol": 1e-14}
@@ -130,6 +132,30 @@ def test_tier_bounds_are_the_last_of_their_tier():
     np.testing.assert_allclose(state["models"]["1"], want / float(three.weights[1:].sum()), **EXACT)
 
 
+def test_weight_prediction_by_hand():
+    """Steps 8, 0, 2 with β = 1/2: v = 4, 2, 2; three rounds ahead lie (1/2 + 1/4 + 1/8) · 2."""
+    rule = WPred(momentum=0.5)
+    state = rule.init(cohort_of(np.zeros((1, 1))).layout, 1)
+    for row, velocity in zip([8.0, 0.0, 2.0], [4, 2, 2], strict=True):
+        delta, state, metrics = rule(cohort_of([[row]]), state)
+        assert (delta.item(), state["velocity"].item(), metrics["velocity_norm"].item()) == (row, velocity, velocity)
+    model = torch.tensor([10.0], dtype=torch.float64)
+    sent = rule.broadcast(state)
+    assert [rule.sent(model, sent, late).item() for late in (0, 1, 2, 3)] == [10, 11, 11.5, 11.75]
+    assert WPred(momentum=0.0).sent(model, sent, 5) is model
+
+
+def test_weight_prediction_keeps_what_the_inner_rule_sends_and_remembers():
+    rule = WPred(rule=Scaffold())
+    state = rule.init(cohort_of(np.zeros((1, 2))).layout, 7)
+    assert set(rule.broadcast(state)) == {"control", "velocity"}
+    assert state["rule"]["num_clients"] == 7
+    cohort = cohort_of([[1.0, 3.0]], extras={"control_change": torch.tensor([[7.0, 14.0]])})
+    _, state, metrics = rule(cohort, state)
+    assert state["rule"]["control"].tolist() == [1, 2]  # 1/7 of it: one of seven clients
+    assert {"control_norm", "velocity_norm"} <= set(metrics)
+
+
 def test_they_wrap_any_rule():
     cohort = stale_cohort([0, 20, 40], rows=[[1.0], [4.0], [40.0]])
     assert step(StaleWeighted(rule=Median()), cohort) == 2  # of 1, 2, 10
@@ -146,7 +172,7 @@ def test_a_version_that_is_missing_is_named():
         lambda: FedAsync(alpha=0.0), lambda: FedAsync(alpha=1.1), lambda: FedAsync(discount="linear"),
         lambda: FedBuff(server_lr=0.0), lambda: FedBuff(a=0.0), lambda: FedBuff(b=-1.0),
         lambda: StaleWeighted(half_life=0.0), lambda: AsynTiers(bounds=(5, 0)), lambda: AsynTiers(bounds=()),
-        lambda: FirstOrder(compensation=-1.0),
+        lambda: FirstOrder(compensation=-1.0), lambda: WPred(momentum=1.0), lambda: WPred(momentum=-0.1),
     ],
 )  # fmt: skip
 def test_arguments_out_of_their_range_are_refused(make):

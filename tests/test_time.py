@@ -119,6 +119,29 @@ def test_a_stale_row_is_trained_from_the_version_it_was_sent(tmp_path):
     )
 
 
+def test_late_clients_begin_at_what_the_rule_sends_them(tmp_path):
+    """Version 1 was sent with v = (1 − β) δ₁; two rounds late, (β + β²) v lies ahead of it. Fresh ones get w."""
+    arguments = ("mode=fixed_delay", "mode.delay=2", "devices=intertwined", "devices.form=most", "devices.num_slow=3")
+    loop = loop_of(tmp_path, *arguments, "dtype=float64", "strategy=w_pred", "strategy.momentum=0.5")
+    weights = [loop.weights]
+    for round in range(1, 5):
+        loop.step(round)
+        weights.append(loop.weights)
+    cohort = loop.backend.cohort  # of round 4: late ones were sent version 1
+    assert sorted(set(cohort.received.tolist())) == [1, 3]
+    ahead = (0.5 + 0.25) * 0.5 * (weights[1] - weights[0])
+    torch.testing.assert_close(cohort.models[1], weights[1] + ahead, rtol=1e-12, atol=1e-14)
+    assert torch.equal(cohort.models[3], weights[3])
+    assert torch.equal(loop.dispatcher.versions.models[1], weights[1])  # what is kept is the version
+    plain = loop_of(tmp_path / "plain", *arguments, "dtype=float64", "strategy=w_pred", "strategy.momentum=0")
+    for round in range(1, 5):
+        plain.step(round)
+    assert not torch.equal(plain.weights, weights[4])
+    late = cohort.staleness > 0
+    assert torch.equal(plain.backend.cohort.models[1] + 0, plain.dispatcher.versions.models[1])
+    assert not torch.equal(plain.backend.cohort.rows[late], cohort.rows[late])
+
+
 def test_versions_are_freed_when_nobody_needs_them(tmp_path):
     loop = loop_of(tmp_path, *FLIGHTS["async"])
     for round in range(1, 13):
