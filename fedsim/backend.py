@@ -15,7 +15,6 @@ from fedsim.dispatch import Dispatcher
 from fedsim.engine.evaluate import own_parts, predict
 from fedsim.engine.rounds import Trainer
 from fedsim.engine.task import BUFFER, LOCAL, Job
-from fedsim.errors import UserError
 from fedsim.layout import Layout
 from fedsim.local import Int64
 from fedsim.metrics.classification import segment_means
@@ -114,13 +113,7 @@ class EngineBackend:
         if not old:
             return job
         sent = {v: {n: self._placed(x) for n, x in held.broadcasts[v].items()} for v in old}
-        for version in old:
-            rate = self._rate(version + 1, sent[version])
-            if rate != job.lr:
-                raise UserError(
-                    f"round {job.round}: replies of versions {version} and {newest} were trained at the rates {rate} "
-                    f"and {job.lr}; with replies of several versions the local rate must stay as it is"
-                )
+        rates = {newest: job.lr, **{v: self._rate(v + 1, sent[v]) for v in old}}
         starts = {v: self.sent(held.models[v], sent[v], newest - v) if self.sent else held.models[v] for v in old}
         return replace(
             job,
@@ -128,6 +121,7 @@ class EngineBackend:
             models={**job.models, **starts},
             broadcasts={**job.broadcasts, **sent},
             key=arrivals.received + 1,
+            rates=rates if len(set(rates.values())) > 1 else None,
         )
 
     def _placed(self, value: Any) -> Any:

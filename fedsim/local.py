@@ -76,7 +76,7 @@ class LocalTraining:
         return self.lr * self.lr_decay ** ((round - 1) // self.lr_decay_every)
 
     def unroll(
-        self, loss: Callable[[Tensor, int], Tensor], start: Tensor, *, num_steps: Tensor, lr: float,
+        self, loss: Callable[[Tensor, int], Tensor], start: Tensor, *, num_steps: Tensor, lr: float | Tensor,
         proximal_mu: float = 0.0, create_graph: bool = True,
     ) -> Tensor:  # fmt: skip
         """Return the updates w − start (S, D) of S local rounds by sgd, differentiable through all their steps.
@@ -85,7 +85,7 @@ class LocalTraining:
             loss: (params (S, D), step) -> (S,), each row's loss of its own parameters alone.
             start: (S, D).
             num_steps: (S,) int64 steps of each row.
-            lr: local rate.
+            lr: local rate, or (S, 1), one a row.
             proximal_mu: μ ≥ 0 in (μ/2)‖w − start‖².
             create_graph: False gives the same numbers without the graph.
 

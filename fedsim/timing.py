@@ -136,7 +136,3 @@ def _check(experiment: Experiment) -> None:
         )
     if clock.partial_work < 1 and experiment.foreign is not None:
         raise UserError("devices.partial_work is done by fedsim's clients, not by a Flower ClientApp: set it to 1")
-    if mode.stale and experiment.task.training.lr_decay < 1:
-        raise UserError(
-            f"client.lr_decay must be 1 with mode {choice}: replies of several versions train together, at one rate"
-        )

@@ -8,7 +8,7 @@ by Adam on x and z, with x kept in the range of the data. All clients of a round
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ class Sought(NamedTuple):
     mask: Tensor  # (S, D) bool, which entries count
     weights: Tensor  # (S, B) 1/b for the b samples that are sought, 0 for padding
     num_steps: Tensor  # (S,) local steps
-    round: int  # whose local rate they had
+    round: int | Sequence[int]  # whose local rate they had; (S,): each its own
 
 
 class Found(NamedTuple):

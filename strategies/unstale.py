@@ -195,7 +195,8 @@ class Unstale(PreAggregator):
         mask = largest(updates, kept) if kept >= LEAST_KEPT else torch.ones_like(updates, dtype=torch.bool)
         sought = Sought(
             torch.stack([version(cohort, int(cohort.received[row])) for row in rows]),
-            updates, mask, weights.to(updates), cohort.num_steps[rows], cohort.round,
+            updates, mask, weights.to(updates), cohort.num_steps[rows],
+            tuple(int(cohort.received[row]) + 1 for row in rows),
         )  # fmt: skip
         found = self.inversion.search(self.mimic, sought, x.to(updates), z.to(updates))
         newest = version(cohort, cohort.round - 1).expand_as(updates)  # (S, D)

@@ -1,5 +1,6 @@
 """Runs in virtual time: equal bits for equal plans, resume in mid-flight, and what is refused."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 from fedsim.build import build
 from fedsim.config import compose
 from fedsim.console import Observer
+from fedsim.engine import apart
+from fedsim.engine.task import Job
 from fedsim.errors import UserError
 from fedsim.loop import Loop
 from fedsim.simulation import resume, simulate
@@ -142,6 +145,74 @@ def test_late_clients_begin_at_what_the_rule_sends_them(tmp_path):
     assert not torch.equal(plain.backend.cohort.rows[late], cohort.rows[late])
 
 
+MIXED = ("mode=async", "mode.buffer=5", "mode.concurrency=8", "devices=lognormal", "dtype=float64")
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "krum"])  # streamed, and with the matrix
+@pytest.mark.parametrize("engine", ["sequential", "vectorized", "processes"])
+def test_a_row_trains_at_the_rate_of_its_own_version(tmp_path, engine, strategy):
+    """Against each row trained alone, as a job of its own at the rate of the round after its version."""
+    chosen = (f"engine={engine}", f"strategy={strategy}")
+    loop = loop_of(tmp_path / engine, *MIXED, "client.lr_decay=0.5", *chosen)
+    other = loop_of(tmp_path / "alone", *MIXED, "engine=sequential")
+    mixed = 0
+    try:
+        for round in range(1, 5):
+            before, versions = loop.weights, loop.dispatcher.versions
+            loop.step(round)
+            cohort, held = loop.backend.cohort, versions.models
+            mixed += len(set(cohort.received.tolist())) > 1
+            jobs = zip(cohort.clients.tolist(), cohort.received.tolist(), strict=True)
+            rows = torch.stack([alone(other, held, client, version) for client, version in jobs])
+            if strategy == "krum":
+                torch.testing.assert_close(cohort.rows, rows, rtol=1e-9, atol=1e-12)
+            else:
+                mean = cohort.weights @ rows / cohort.weights.sum()
+                torch.testing.assert_close(loop.weights - before, mean, rtol=1e-9, atol=1e-12)
+    finally:
+        loop.experiment.engine.close()
+    assert mixed > 1
+
+
+def alone(loop, models, client, version):
+    """Train one client from one version at that version's rate."""
+    task = loop.task
+    clients, received = np.array([client]), np.array([version])
+    job = Job(
+        clients=clients, received=received, models=models, broadcasts={version: {}}, buffers=loop.backend.buffers,
+        state={}, round=version + 1, key=version + 1, lr=0.3 * 0.5**version,
+    )  # fmt: skip
+    out = torch.empty(1, task.shared.size, dtype=task.dtype)
+    loop.experiment.engine.train(job, out)
+    return out[0]
+
+
+def test_a_job_of_one_kind_has_the_rate_of_its_rows():
+    """The newest version's rate is the job's; rows of an older one alone bring theirs."""
+
+    def job(*received, sent=({}, {}, {})):
+        return Job(
+            clients=np.arange(len(received)), received=np.array(received), models={}, broadcasts=dict(enumerate(sent)),
+            buffers=torch.empty(0), state={}, round=3, key=3, lr=0.25, rates={0: 1.0, 1: 0.5, 2: 0.25},
+        )  # fmt: skip
+
+    assert [apart.settled(job(v, v)).lr for v in (0, 1, 2)] == [1.0, 0.5, 0.25]
+    assert apart.settled(job(0, 0)).rates is None
+    assert apart.settled(job(0, 1)) is None
+    assert [(rate, rows.tolist()) for rate, rows in apart.kinds(job(2, 0, 2, 1))] == [
+        (0.25, [0, 2]), (0.5, [3]), (1.0, [1])
+    ]  # fmt: skip
+    same = replace(job(0, 1, 0, sent=({}, {"previous": 1}, {})), rates=None)
+    assert [(rate, rows.tolist()) for rate, rows in apart.kinds(same)] == [(0.25, [0, 2]), (0.25, [1])]
+
+
+def test_a_rule_may_send_more_from_its_second_round_on(tmp_path):
+    """FedHyper-CL sends `previous` with every version but the first."""
+    arguments = ("strategy=fedhyper_cl", *MIXED)
+    weights = [weights_of(tmp_path / engine, *arguments, f"engine={engine}") for engine in ("sequential", "vectorized")]
+    torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-12)
+
+
 def test_versions_are_freed_when_nobody_needs_them(tmp_path):
     loop = loop_of(tmp_path, *FLIGHTS["async"])
     for round in range(1, 13):
@@ -198,7 +269,6 @@ def test_bytes_are_those_of_the_traffic(tmp_path):
         (["mode=fixed_delay"], "needs devices that say who is slow"),
         (["mode=async", "mode.buffer=9"], "buffer must be <= 8"),
         (["mode=async", "mode.buffer=2", "strategy=flower/fedavg"], "use a fedsim rule"),
-        (["mode=async", "mode.buffer=2", "client.lr_decay=0.9"], "client.lr_decay must be 1"),
         (["devices=intertwined", "devices.target_class=10"], "devices.target_class must be below the data's 10"),
         (["devices.dropout=1"], "devices.dropout must be in"),
         (["devices=trace", "devices.path=none.csv"], "none.csv: no such file"),

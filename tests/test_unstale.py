@@ -107,6 +107,18 @@ def test_the_unrolled_round_is_the_clients(changes, mu):
         torch.testing.assert_close(single[0], want, rtol=1e-9, atol=1e-12)
 
 
+def test_rows_of_several_rounds_train_at_their_own_rates():
+    mimic = mimic_of(LocalTraining(lr=0.4, lr_decay=0.5, batch_size=None))
+    start = torch.as_tensor(np.random.default_rng(1).normal(size=(2, mimic.layout.size)))
+    how = {"num_steps": torch.tensor([4, 4]), "create_graph": False}
+    both = mimic.unroll(start, padded(client_data()), round=(1, 3), **how)
+    for row, round in enumerate((1, 3)):
+        alone = mimic.unroll(start, padded(client_data()), round=round, **how)[row]
+        torch.testing.assert_close(both[row], alone, rtol=1e-12, atol=1e-14)
+        (x, y), same = client_data()[row], mimic_of(LocalTraining(lr=0.4 * 0.5 ** (round - 1), batch_size=None))
+        torch.testing.assert_close(both[row], by_torch_optim(same, start[row], x, y, 4), rtol=1e-9, atol=1e-12)
+
+
 def test_the_unrolled_round_can_be_differentiated():
     mimic = mimic_of(LocalTraining(lr=0.4, momentum=0.5, batch_size=None))
     rng = np.random.default_rng(1)

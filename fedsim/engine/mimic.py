@@ -7,7 +7,7 @@ which for pixels is public).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +75,7 @@ class Mimic:
         )
 
     def unroll(
-        self, start: Tensor, samples: Samples, *, num_steps: Tensor, round: int,
+        self, start: Tensor, samples: Samples, *, num_steps: Tensor, round: int | Sequence[int],
         criterion: Soft | None = None, create_graph: bool = True,
     ) -> Tensor:  # fmt: skip
         """Return the updates (S, D) of local rounds from start (S, D).
@@ -84,7 +84,7 @@ class Mimic:
             start: (S, D) models.
             samples: of S clients: x (S, B, …), labels (S, B, C), and weights (S, B), 1/b for b samples, 0 for padding.
             num_steps: (S,) int64.
-            round: whose local rate is used.
+            round: whose local rate is used; (S,): each row's own.
             criterion: instead of the clients' own.
             create_graph: whether the result can be differentiated in the samples.
 
@@ -92,11 +92,12 @@ class Mimic:
         self.module.eval()
         soft = criterion or self.criterion
         x, labels, weights = samples
+        rates = [self.training.rate(of) for of in ([round] if isinstance(round, int) else round)]
         return self.training.unroll(
             lambda params, step: soft(self._logits(params, x), labels, weights),
             start,
             num_steps=num_steps,
-            lr=self.training.rate(round),
+            lr=rates[0] if len(set(rates)) == 1 else start.new_tensor(rates)[:, None],
             proximal_mu=self.proximal_mu,
             create_graph=create_graph,
         )

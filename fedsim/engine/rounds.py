@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsim.contracts import Cohort, Streamed, Sums
+from fedsim.engine import apart
 from fedsim.engine.blocks import concatenate, merge, select
 from fedsim.engine.halving import Change, Halving
 from fedsim.engine.hosted import Hosted
@@ -196,7 +197,8 @@ class Trainer:
         The coefficients must be known beforehand. Where a client fails, blocks find out who it is.
         """
         train_sum = getattr(self.engine, "train_sum", None)
-        if train_sum is None:
+        plain = apart.settled(job)
+        if train_sum is None or plain is None:
             return None
         ahead = room(self.task, job, num_steps(self.task, job))
         ahead.extras.clear()
@@ -206,7 +208,7 @@ class Trainer:
             return None
         started = time.perf_counter()
         try:
-            block = train_sum(job, c, total)
+            block = train_sum(plain, c, total)
         except (torch.OutOfMemoryError, UserError, WorkersLost):
             raise
         except Exception:
@@ -223,10 +225,11 @@ class Trainer:
     def _blocks(self, parts: list[Job]) -> Iterator[tuple[int, Trained | None]]:
         """Train blocks; yield (position, what `_train` returns) in an order that hangs on the blocks alone."""
         stream = getattr(self.engine, "stream", None)
-        if stream is None:
+        plain = [apart.settled(part) for part in parts]
+        if stream is None or None in plain:
             yield from ((k, self._train(part, self.buffer(len(parts[0]))[: len(part)])) for k, part in enumerate(parts))
             return
-        with contextlib.closing(stream(parts)) as blocks:  # side by side, by an engine with workers
+        with contextlib.closing(stream(plain)) as blocks:  # side by side, by an engine with workers
             for k, finish in blocks:
                 yield k, self._train(parts[k], None, finish)
 
@@ -246,7 +249,7 @@ class Trainer:
             if finish is not None:
                 return Trained(job, *finish())
             assert out is not None  # one of the two is given
-            return Trained(job, self.engine.train(job, out), out)
+            return Trained(job, apart.train(self.engine, job, out), out)
         except (torch.OutOfMemoryError, UserError, WorkersLost):  # the machine's failure or the config's, no client's
             raise
         except Exception:
@@ -257,7 +260,7 @@ class Trainer:
             if not len(left):
                 return None
             part, rows = job.take(left), out[: len(left)]
-            return Trained(part, self.engine.train(part, rows), rows)
+            return Trained(part, apart.train(self.engine, part, rows), rows)
         finally:
             self.seconds += time.perf_counter() - started
 
@@ -266,7 +269,7 @@ class Trainer:
         found = False
         for k, client in enumerate(job.clients.tolist()):
             try:
-                self.engine.train(job.part(k, k + 1), out[k : k + 1])
+                apart.train(self.engine, job.part(k, k + 1), out[k : k + 1])
             except (torch.OutOfMemoryError, WorkersLost):
                 raise
             except Exception as error:

@@ -86,6 +86,7 @@ class Job:
     key: int | Int64  # keys the randomness: the round, or (K,) one number per row
     lr: float
     work: Floats | None = None  # (K,) share of the local steps that each row does, in (0, 1]; None: all
+    rates: Mapping[int, float] | None = None  # version → its local rate, where they differ; engines see `lr` alone
 
     def __len__(self) -> int:
         return len(self.clients)
