@@ -19,7 +19,7 @@ from fedsim.construct import locate
 from fedsim.contracts import Dataset, Partition
 from fedsim.data.check import check_dataset
 from fedsim.data.kept import kept, placed
-from fedsim.data.splits import ClientSplits, split_clients, validation_split
+from fedsim.data.splits import ClientSplits, chosen, split_clients, validation_split
 from fedsim.engine.mimic import Mimic
 from fedsim.engine.precision import refusal, set_tf32
 from fedsim.engine.processes import start_server
@@ -134,7 +134,7 @@ def data(config: Config, parts: Parts | None = None) -> tuple[Dataset, Partition
         )
         train = dataset.splits["train"]
         column = dataset.domain if getattr(partitioner, "natural_from", "client") == "domain" else dataset.client
-        labels = dataset.y.numpy()[train]
+        labels = chosen(dataset.y.numpy(), train)
         drawn = partitioner(labels, generator(seed, "partition"), None if column is None else column[train])
         local = split_clients(
             drawn, labels, held_out_clients=config.partition.held_out_clients,
@@ -283,8 +283,8 @@ def _task(
     return Task(
         module=model, shared=names.shared, local=names.local, buffers=names.buffers, objective=objective,
         training=training, x=x, y=placed(dataset.y, x.device, dataset.y.dtype), partition=partition,
-        store=ClientStore(partition.num_clients, first, memory=run.client_state_bytes), seed=run.seed, augment=dataset.augment,
-        precision=run.precision,
+        store=ClientStore(partition.num_clients, first, memory=run.client_state_bytes), seed=run.seed,
+        augment=dataset.augment, precision=run.precision,
     )  # fmt: skip
 
 

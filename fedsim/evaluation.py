@@ -29,7 +29,7 @@ from fedsim.metrics.classification import (
 )
 from fedsim.metrics.decomposition import decompose, subsample
 from fedsim.metrics.fairness import accuracy_by_skew_quartile, fairness
-from fedsim.metrics.skew import label_counts, skew
+from fedsim.metrics.skew import label_counts, label_tv
 
 Columns = dict[str, Any]
 
@@ -70,8 +70,9 @@ class Evaluator:
         counts = label_counts(labels, splits.train, dataset.num_classes)  # (K, C)
         self.class_counts = torch.from_numpy(counts.sum(0)).to(task.device)  # (C,)
         # A held-out client trains on nothing: its skew is that of what it is tested on.
-        own = counts + label_counts(labels, splits.test, dataset.num_classes) * (counts.sum(1, keepdims=True) == 0)
-        self.client_skew = torch.from_numpy(skew(own).client_tv)  # (K,)
+        if len(splits.test.indices):
+            counts += label_counts(labels, splits.test, dataset.num_classes) * (counts.sum(1, keepdims=True) == 0)
+        self.client_skew = torch.from_numpy(label_tv(counts))  # (K,)
         self.held_out = torch.from_numpy(splits.held_out)
         self.tuner = FineTuner(task, splits, settings.finetune_steps) if settings.finetune_steps else None
         self.honest = None if byzantine is None else torch.from_numpy(~byzantine)  # (K,)

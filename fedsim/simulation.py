@@ -19,7 +19,7 @@ from fedsim.build import build, data
 from fedsim.config import Config, compose, to_yaml
 from fedsim.console import Observer
 from fedsim.contracts import Dataset, Partition
-from fedsim.data.splits import save_partition
+from fedsim.data.splits import chosen, save_partition
 from fedsim.engine.rounds import AllUpdatesBad, BadUpdate
 from fedsim.errors import ClientError, UserError
 from fedsim.experiment import Experiment
@@ -295,7 +295,7 @@ def _draw(dataset: Dataset, drawn: Partition, folder: Path) -> None:
 
 def _counts(dataset: Dataset, drawn: Partition) -> Int64:
     """Count each client's training, validation and test samples of each class (K, C)."""
-    return label_counts(dataset.y.numpy()[dataset.splits["train"]], drawn, dataset.num_classes)
+    return label_counts(chosen(dataset.y.numpy(), dataset.splits["train"]), drawn, dataset.num_classes)
 
 
 def _names(dataset: Dataset, drawn: Partition) -> Sequence[str] | None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fedsim.contracts import Dataset, Partition
 from fedsim.errors import UserError
-from fedsim.partition.csr import check_fraction
+from fedsim.partition.csr import check_fraction, client_blocks
 from fedsim.partition.rounding import largest_remainder
 from fedsim.rng import generator, keyed_bits
 
@@ -29,6 +29,8 @@ class ClientSplits(NamedTuple):
 
     def at(self, positions: Int) -> ClientSplits:
         """Return the same splits with index i replaced by positions[i]: from training samples to the data set's."""
+        if is_whole(positions):  # a million clients' positions are 80 MB
+            return self
         train, validation, test = (p._replace(indices=positions[p.indices]) for p in self[:3])
         return ClientSplits(train, validation, test, self.held_out)
 
@@ -38,6 +40,18 @@ class ClientSplits(NamedTuple):
         client = np.concatenate([np.repeat(np.arange(p.num_clients), p.sizes) for p in parts])  # (M,)
         indices = np.concatenate([p.indices for p in parts])  # (M,)
         return Partition(indices[np.argsort(client, kind="stable")], np.sum([p.offsets for p in parts], axis=0))
+
+
+def is_whole(positions: Int) -> bool:
+    """Say whether positions are 0, 1, …, n − 1, so that indexing by them copies a beginning and nothing else."""
+    if not len(positions) or positions[0] != 0 or positions[-1] != len(positions) - 1:
+        return False
+    return bool((positions[1:] > positions[:-1]).all())
+
+
+def chosen(values: Int, positions: Int) -> Int:
+    """Return values[positions], a view where positions are a beginning."""
+    return values[: len(positions)] if is_whole(positions) else values[positions]
 
 
 def validation_split(dataset: Dataset, fraction: float, seed: int) -> Dataset:
@@ -144,9 +158,19 @@ def split_clients(
         none = Partition(partition.indices[:0], np.zeros_like(partition.offsets))
         return ClientSplits(partition, none, none, held_out)
 
+    part = np.zeros(len(partition.indices), dtype=np.int8)  # (M,) 0 train, 1 validation, 2 test
+    for low, high in client_blocks(partition):
+        inside = slice(partition.offsets[low], partition.offsets[high])
+        some = Partition(partition.indices[inside], partition.offsets[low : high + 1] - inside.start)
+        part[inside] = _parts(some, np.asarray(labels), num_test[low:high], num_validation[low:high], seed)
+    return _in_parts(partition, part, held_out)
+
+
+def _parts(partition: Partition, labels: Int, num_test: Int, num_validation: Int, seed: int) -> npt.NDArray[np.int8]:
+    """Return the part (M,) of each of a partition's samples: 0 train, 1 validation, 2 test."""
     # Samples in order of (client, class, keyed random bits), and the runs of equal (client, class) in that order.
-    client = np.repeat(np.arange(len(sizes)), sizes)  # (M,)
-    classes = np.asarray(labels)[partition.indices]  # (M,)
+    client = np.repeat(np.arange(partition.num_clients), partition.sizes)  # (M,)
+    classes = labels[partition.indices]  # (M,)
     cell = client * (int(classes.max(initial=0)) + 1) + classes  # (M,)
     order = np.argsort(keyed_bits(seed, "local_split", partition.indices))  # (M,)
     order = order[np.argsort(cell[order], kind="stable")]
@@ -157,10 +181,10 @@ def split_clients(
     from_validation = _largest_remainder_within(num_validation, count - from_test, owner)  # (R,)
 
     rank = np.arange(len(order)) - np.repeat(start, count)  # (M,) within the run
-    part = np.empty(len(order), dtype=np.int64)  # (M,) 0 train, 1 validation, 2 test
+    part = np.empty(len(order), dtype=np.int8)  # (M,)
     is_test = rank < np.repeat(from_test, count)
     part[order] = np.where(is_test, 2, rank < np.repeat(from_test + from_validation, count))
-    return _in_parts(partition, part, held_out)
+    return part
 
 
 def _choose_held_out(sizes: Int, fraction: float, seed: int) -> Bool:
@@ -190,11 +214,15 @@ def _largest_remainder_within(totals: Int, weights: Int, owner: Int) -> Int:
 
 def _in_parts(partition: Partition, part: npt.NDArray[np.integer[Any]], held_out: Bool) -> ClientSplits:
     """Split a partition by the part (M,) of each of its indices: 0 train, 1 validation, 2 test."""
-    client = np.repeat(np.arange(partition.num_clients), partition.sizes)  # (M,)
 
     def select(number: int) -> Partition:
-        sizes = np.bincount(client[part == number], minlength=partition.num_clients)  # (K,)
-        return Partition(partition.indices[part == number], np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+        mine = part == number  # (M,)
+        sizes = np.zeros(partition.num_clients, dtype=np.int64)  # (K,)
+        for low, high in client_blocks(partition):
+            inside = slice(partition.offsets[low], partition.offsets[high])
+            owner = np.repeat(np.arange(high - low), np.diff(partition.offsets[low : high + 1]))  # (M',)
+            sizes[low:high] = np.bincount(owner[mine[inside]], minlength=high - low)
+        return Partition(partition.indices[mine], np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
 
     return ClientSplits(select(0), select(1), select(2), held_out)
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedsim.contracts import Partition
+from fedsim.partition.csr import client_blocks
 
 Int = npt.NDArray[np.int64]
 Float = npt.NDArray[np.float64]
@@ -85,12 +86,25 @@ def label_counts(labels: npt.ArrayLike, partition: Partition, num_classes: int) 
         ValueError: a label is out of range.
 
     """
-    classes = np.asarray(labels)[partition.indices]  # (M,)
-    if len(classes) and (classes.min() < 0 or classes.max() >= num_classes):
-        raise ValueError(f"labels must be in [0, {num_classes}), got {classes.min()} to {classes.max()}")
-    client = np.repeat(np.arange(partition.num_clients), partition.sizes)  # (M,)
-    cells = np.bincount(client * num_classes + classes, minlength=partition.num_clients * num_classes)
-    return cells.reshape(partition.num_clients, num_classes).astype(np.int64)  # (K, C)
+    labels, sizes = np.asarray(labels), partition.sizes
+    counts = np.zeros((partition.num_clients, num_classes), dtype=np.int64)  # (K, C)
+    for low, high in client_blocks(partition):
+        classes = labels[partition.indices[partition.offsets[low] : partition.offsets[high]]]  # (M',)
+        if len(classes) and (classes.min() < 0 or classes.max() >= num_classes):
+            raise ValueError(f"labels must be in [0, {num_classes}), got {classes.min()} to {classes.max()}")
+        cells = np.repeat(np.arange(high - low) * num_classes, sizes[low:high]) + classes  # (M',)
+        counts[low:high] = np.bincount(cells, minlength=(high - low) * num_classes).reshape(-1, num_classes)
+    return counts
+
+
+def label_tv(counts: Int) -> Float:
+    """Return the total variation ½ Σ_c |p_kc − q_c| of each client (K,) from counts M (K, C); NaN without samples."""
+    sizes = counts.sum(axis=1)  # (K,)
+    q = counts.sum(axis=0) / counts.sum()  # (C,)
+    apart = counts / np.where(sizes > 0, sizes, 1)[:, None]  # (K, C)
+    apart -= q
+    tv: Float = np.abs(apart, out=apart).sum(axis=1) / 2  # (K,)
+    return np.where(sizes > 0, tv, np.nan)
 
 
 def skew(counts: npt.ArrayLike) -> Skew:
@@ -114,13 +128,12 @@ def skew(counts: npt.ArrayLike) -> Skew:
     p = counts / np.where(held, sizes, 1)[:, None]  # (K, C)
     q = counts.sum(axis=0) / counts.sum()  # (C,)
     middle = (p + q) / 2  # (K, C)
-    tv = np.abs(p - q).sum(axis=1) / 2  # (K,)
     js = (_kl(p, middle) + _kl(np.broadcast_to(q, p.shape), middle)) / 2  # (K,)
     hellinger = np.sqrt(np.square(np.sqrt(p) - np.sqrt(q)).sum(axis=1) / 2)  # (K,)
     entropy = -_kl(p, np.ones_like(p))  # (K,)
     information = float(sizes / sizes.sum() @ _kl(p, np.broadcast_to(q, p.shape)))
     return Skew(
-        client_tv=np.where(held, tv, np.nan),
+        client_tv=label_tv(counts),
         client_js=np.where(held, np.maximum(js, 0.0), np.nan),
         client_hellinger=np.where(held, hellinger, np.nan),
         client_effective_classes=np.where(held, np.exp(entropy), np.nan),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import numpy.typing as npt
 from fedsim.contracts import Partition
 
 Int = npt.NDArray[np.int64]
+
+BLOCK_SAMPLES = 1 << 20  # whose working arrays are held at once, where a million clients' would be gigabytes
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
@@ -62,6 +65,16 @@ def check_enough(num_samples: int, num_clients: int, min_size: int) -> None:
         )
 
 
+def client_blocks(partition: Partition) -> Iterator[tuple[int, int]]:
+    """Yield ranges low … high − 1 of clients with at most `BLOCK_SAMPLES` samples, or of one that has more."""
+    low, offsets = 0, partition.offsets
+    while low < partition.num_clients:
+        high = int(np.searchsorted(offsets, offsets[low] + BLOCK_SAMPLES, side="right")) - 1
+        high = min(max(high, low + 1), low + BLOCK_SAMPLES, partition.num_clients)
+        yield low, high
+        low = high
+
+
 def sort_keys(keys: Int, num_keys: int) -> Int:
     """Return the stable argsort of integers in [0, num_keys): 16 bits are sorted by radix, ten times as fast."""
     return np.argsort(keys.astype(np.uint16) if num_keys <= 1 << 16 else keys, kind="stable")
@@ -69,7 +82,7 @@ def sort_keys(keys: Int, num_keys: int) -> Int:
 
 def from_owners(owners: Int, num_clients: int) -> Partition:
     """Return the partition in which sample i belongs to owners[i], −1 for nobody; ascending within a client."""
-    keys = np.where(owners < 0, num_clients, owners)  # (N,)
+    keys = np.where(owners < 0, num_clients, owners) if owners.min(initial=0) < 0 else owners  # (N,)
     sizes = np.bincount(keys, minlength=num_clients + 1)[:num_clients]  # (K,)
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)  # (K+1,)
     return Partition(sort_keys(keys, num_clients + 1)[: offsets[-1]], offsets)

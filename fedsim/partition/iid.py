@@ -40,4 +40,6 @@ class IID:
         """Return the partition; labels (N,) say only how many samples there are."""
         num_samples = len(check_labels(labels))
         check_enough(num_samples, self.num_clients, 1)
-        return from_owners(rng.permutation(num_samples) % self.num_clients, self.num_clients)
+        owners = rng.permutation(num_samples)  # (N,)
+        owners %= self.num_clients
+        return from_owners(owners, self.num_clients)
