@@ -84,20 +84,16 @@ class Clock:
         if self.dropout:
             lost = keyed_uniform(self.seed, "job/lost", clients, round) < self.dropout  # (J,)
             after = keyed_uniform(self.seed, "job/lost_after", clients, round)  # (J,)
+        return Jobs(clients, *self.spent(clients, work), work, lost, after)
+
+    def spent(self, clients: Int64, work: Floats) -> tuple[Floats, Floats, Floats]:
+        """Return the seconds (J,) of download, training and upload of jobs that do a share (J,) of the local steps."""
         fleet = self.fleet
         if fleet is None:
-            none = np.zeros(num)
-            return Jobs(clients, none, np.full(num, UNIT_SECONDS), none, work, lost, after)
+            none = np.zeros(len(clients))
+            return none, np.full(len(clients), UNIT_SECONDS), none
         compute = self.flops * self.samples[clients] * work / fleet.speed[clients]  # (J,)
-        return Jobs(
-            clients,
-            self.down_bytes / fleet.down[clients],
-            compute,
-            self.up_bytes / fleet.up[clients],
-            work,
-            lost,
-            after,
-        )
+        return self.down_bytes / fleet.down[clients], compute, self.up_bytes / fleet.up[clients]
 
     def present(self, clients: Int64, round: int, now: float) -> Int64:
         """Return those of clients (n,) that can be reached."""

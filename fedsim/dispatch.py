@@ -17,6 +17,8 @@ from fedsim.modes.mode import Arrivals, Flight, Mode, Server
 from fedsim.rng import generator
 from fedsim.samplers import Pool
 
+SPENT = ("download_seconds", "compute_seconds", "upload_seconds")  # of a job, in clients.parquet
+
 
 class Versions:
     """The models that somebody has been sent and not yet answered; a version is freed when nobody needs it."""
@@ -119,12 +121,14 @@ class Dispatcher:
             return {}, {}
         staleness = cohort.staleness.double()  # (K,)
         rows = np.searchsorted(self.arrivals.clients, cohort.clients.cpu().numpy())
+        spent = self.clock.spent(self.arrivals.clients[rows], self.arrivals.work[rows])  # each (K,)
         return (
             {"staleness_mean": staleness.mean(), "staleness_max": staleness.max()},
             {
                 "staleness": cohort.staleness,
                 "started": torch.from_numpy(self.arrivals.started[rows]),
                 "arrived": torch.from_numpy(self.arrivals.due[rows]),
+                **{name: torch.from_numpy(part) for name, part in zip(SPENT, spent, strict=True)},
             },
         )
 

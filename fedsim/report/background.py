@@ -8,7 +8,7 @@ from html import escape
 from fedsim.errors import UserError
 from fedsim.metrics.records import RoundLog
 from fedsim.quantities import duration, show
-from fedsim.report import tables
+from fedsim.report import delay, tables
 from fedsim.report.groups import Group, Table, differing, value_of, written
 from fedsim.report.page import html_table, paragraph, section
 from fedsim.report.runs import Run
@@ -19,7 +19,7 @@ from fedsim.report.statistics import mean_of
 _STANDARD = (
     "accuracy", "loss", "validation_", "train_loss", "recall_", "balanced_accuracy", "ece", "client_", "held_out_",
     "drift_", "dissimilarity", "update_norm", "mean_norm", "cosine_", "decomposition_", "bytes_", "simulated_seconds",
-    "num_participants", "num_dropped",
+    "num_participants", "num_dropped", *delay.CURVES, *delay.ERRORS,
 )  # fmt: skip
 _PHASES = ("train", "aggregate", "evaluate", "record")
 

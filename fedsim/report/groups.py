@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +109,7 @@ def group(runs: Sequence[Run]) -> Table:
 
 
 def _split(keys: Sequence[str]) -> tuple[list[str], list[str]]:
-    methods = [key for key in keys if key.split(".")[0] in METHOD]
+    methods = [key for key in keys if re.split("[.@]", key)[0] in METHOD]  # strategy@strategy.rule: an inner rule
     return methods, [key for key in keys if key not in methods]
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fedsim.report import delay
 from fedsim.report.charts import colour_bar, data_uri, heat_map
 from fedsim.report.groups import Group, Table
 from fedsim.report.page import figures, paragraph, section
@@ -20,7 +21,7 @@ Int = npt.NDArray[np.int64]
 
 CLIENTS = ("client_accuracy_mean", "client_accuracy_worst", "client_accuracy_std", "held_out_accuracy_mean")
 _STANDARD = ("round", "client", "num_samples", "num_steps", "train_loss", "update_norm", "cosine", "test_accuracy",
-             "test_loss", "num_test_samples")  # fmt: skip
+             "test_loss", "num_test_samples", *delay.COLUMNS)  # fmt: skip
 _MOST_MAPS = 24  # of one kind; a report stays small
 _MOST_PICTURES = 12
 _MOST_CELLS = 200  # of a heat-map, each way: more than it has pixels

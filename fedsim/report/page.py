@@ -46,6 +46,12 @@ svg .title { font-size: 12.5px; font-weight: 600; fill: var(--ink) } svg .tick {
 svg .cell { fill: #ffffff } svg .on-light { fill: #10202c }
 svg .grid { stroke: var(--rule); fill: none } svg .axis { stroke: var(--dim); fill: none }
 svg .line { fill: none; stroke-width: 1.8; stroke-linejoin: round } svg .band { stroke: none; opacity: .16 }
+svg .fill { stroke: none } svg .f0 { fill: var(--c0) } svg .f1 { fill: var(--c5) } svg .held { fill: var(--dim) }
+svg .idle { fill: var(--rule); opacity: .45 } svg .late { fill: var(--c1); stroke: var(--card); stroke-width: .8 }
+.keys { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .2rem 0 .6rem; color: var(--dim) }
+.keys span { display: inline-flex; align-items: center; gap: .4rem } .keys svg { width: 34px }
+.one { grid-template-columns: 1fr; max-width: 1120px } .one figure svg { max-width: none }
+.grid-of + .grid-of { margin-top: 14px } .grid-of + p { margin-top: 1.2rem }
 svg .more { stroke: var(--dim); stroke-width: .7; opacity: .5 }
 %(styles)s
 @media print { .legend { position: static } figure { break-inside: avoid } }

@@ -77,6 +77,27 @@ def against_rounds(table: Table, name: str, title: str, text: str, columns: Sequ
     return section(name, title, paragraph(text), *_laid_out(drawn)) if drawn else ""
 
 
+def panels_of(table: Table, columns: Sequence[str]) -> str:
+    """Return curves over rounds without a section of their own, of the columns that change."""
+    drawn = []
+    for column in columns:
+        lines = {group.name: line for group in table.all if (line := _line(table, group, column)) is not None}
+        lines = {name: line for name, line in lines.items() if len(set(line.y.tolist())) > 1}
+        if lines:
+            drawn.append(_panels(table, column, lines, "round"))
+    return "".join(_laid_out(drawn)) if drawn else ""
+
+
+def along_time(table: Table, column: str, groups: Sequence[Group]) -> str:
+    """Return curves of a column of some groups over simulated time, a panel a setting."""
+    timed = [group for group in groups if all("simulated_seconds" in run.columns for run in group.runs)]
+    found = {g.name: line for g in timed if (line := _line(table, g, column, _simulated)) is not None}
+    if not found:
+        return ""
+    scaled, label = _in_unit(list(found.values()), _TIMES)
+    return "".join(_laid_out([_panels(table, column, dict(zip(found, scaled, strict=True)), label)]))
+
+
 def _panels(table: Table, column: str, lines: Mapping[str, Line], x_label: str) -> list[str]:
     """Return a panel for each setting, all with one scale; lines are by the names of their groups."""
     span = span_of(list(lines.values()))
