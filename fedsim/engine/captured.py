@@ -117,7 +117,8 @@ class Captured:
         def run(number: int) -> None:
             lane, work = self._lanes.get(), steps.part(int(ends[number]), int(ends[number + 1]))
             losses = torch.zeros(len(work.length), dtype=task.dtype)  # (S,)
-            total = sums[number] = torch.zeros_like(summed[1]) if summed else None
+            whole = summed is not None and len(parts) == 1  # then its sum needs no room of its own
+            total = sums[number] = summed[1] if whole else torch.zeros_like(summed[1]) if summed else None
             try:
                 with torch.no_grad(), _as_written():
                     loop(
@@ -137,7 +138,7 @@ class Captured:
                 for number, future in enumerate(waiting):
                     future.result()
                     part, sums[number] = sums[number], None
-                    if summed and part is not None:
+                    if summed and part is not None and part is not summed[1]:
                         summed[1].add_(part)
             finally:
                 wait(waiting)  # all of them, failed or not: nobody may still write when rows are trained again

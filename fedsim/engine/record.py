@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,9 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
+_NAME = re.compile(r"\bv\d+\b")  # of a value
 
 
 class NotRecordable(ValueError):
@@ -50,21 +53,24 @@ class Recorder(Watch):
     """Writes down the operations that run inside, forward and backward alike, below autograd.
 
     A tensor is known by where it lies and how it is laid out, not by its Python object: what autograd saves of an
-    output comes back as another object. Everything seen is kept alive, so that no place is used twice.
+    output comes back as another object. A storage that was seen is referred to weakly: its memory is free for others as
+    soon as the function lets go of it, but its identity is never used twice.
     """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.ops: list[_Op] = []
-        self.alive: list[Any] = []
+        self.seen: dict[int, StorageWeakRef] = {}  # by identity, which its weak reference reserves
         self.numbers: dict[Any, int] = {}
         self.count = 0
         for tensor in inputs:
             self._name(tensor)
 
     def _name(self, tensor: Tensor) -> int:
-        self.alive.append(tensor)
-        self.numbers[_place(tensor)] = self.count
+        place = _place(tensor)
+        if place[0] not in self.seen:
+            self.seen[place[0]] = StorageWeakRef(tensor.untyped_storage())
+        self.numbers[place] = self.count
         self.count += 1
         return self.count - 1
 
@@ -73,10 +79,7 @@ class Recorder(Watch):
         if not isinstance(value, Tensor):
             return value
         number = self.numbers.get(_place(value))
-        if number is None:
-            self.alive.append(value)
-            return value.detach()
-        return _Ref(number)
+        return value.detach() if number is None else _Ref(number)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -97,10 +100,9 @@ class Recorder(Watch):
         return out
 
 
-def _place(tensor: Tensor) -> Any:
-    if not tensor.numel():
-        return id(tensor)
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+def _place(tensor: Tensor) -> tuple[int, Any]:
+    storage: int = tensor.untyped_storage()._cdata
+    return storage, (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 class Program(NamedTuple):
@@ -110,9 +112,15 @@ class Program(NamedTuple):
     constants: list[Tensor]
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
-        """Run the statements as Python, which they are as well."""
+        """Run the statements as Python, which they are as well; values are let go of after their last use."""
         scope: dict[str, Any] = {"torch": torch}
-        exec(f"def run(inputs, constants):\n{textwrap.indent(self.body, '    ')}", scope)
+        *lines, end = self.body.splitlines()
+        last = {name: k for k, line in enumerate(lines) for name in _NAME.findall(line)}
+        done: dict[int, list[str]] = {}
+        for name in last.keys() - set(_NAME.findall(end)):
+            done.setdefault(last[name], []).append(name)
+        text = [f"{line}; del {', '.join(done[k])}" if k in done else line for k, line in enumerate(lines)]
+        exec("def run(inputs, constants):\n" + textwrap.indent("\n".join([*text, end]), "    "), scope)
         results: list[Tensor] = scope["run"](inputs, self.constants)
         return results
 
@@ -134,7 +142,7 @@ def record(function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor
     with recorder:
         results = [recorder.known(result) for result in function(inputs)]
     ops, results = _without_aliases(recorder.ops, results)
-    ops = _live(_into_place(_live(ops, results), results), results)
+    ops = _early(_live(_into_place(_live(ops, results), results), results))
     return _written(ops, results, len(inputs))
 
 
@@ -233,6 +241,37 @@ def _into_place(ops: list[_Op], results: list[Any]) -> list[_Op]:
                 continue
         fused.append(op)
     return fused
+
+
+def _early(ops: list[_Op]) -> list[_Op]:
+    """Let what writes into a tensor do so as soon as nobody before it needs the tensor as it was.
+
+    A gradient is then subtracted when it is known, and not kept until all of them are.
+    """
+    base: dict[int | None, int] = {}  # number of a view → of what it is a view of
+    for op in ops:
+        shares = op.function.is_view or op.function._schema.is_mutable
+        if shares and op.args and isinstance(op.args[0], _Ref):
+            base.update(dict.fromkeys(op.outs, base.get(op.args[0].number, op.args[0].number)))
+    early: list[_Op] = []
+    for op in ops:
+        place = len(early)
+        if op.function._schema.is_mutable:
+            read = {base.get(number, number) for number in _read(op)}
+            written = base.get(op.args[0].number, op.args[0].number) if isinstance(op.args[0], _Ref) else None
+            while place and written is not None and _passes(early[place - 1], read, written, base):
+                place -= 1
+        early.insert(place, op)
+    return early
+
+
+def _passes(before: _Op, read: set[int], written: int, base: dict[int | None, int]) -> bool:
+    """Say whether what reads and writes these tensors may go before an operation instead of after it."""
+    if before.function._schema.is_mutable and {base.get(n, n) for n in _read(before)[:1]} & read:
+        return False
+    touched = {base.get(n, n) for n in (*_read(before), *before.outs) if n is not None}
+    made = {base.get(n, n) for n in before.outs if n is not None}
+    return written not in touched and not made & read
 
 
 def _live(ops: list[_Op], results: list[Any]) -> list[_Op]:

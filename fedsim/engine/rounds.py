@@ -185,7 +185,7 @@ class Trainer:
         means = {name: cohort.extras[name].mean(0) for name in reduced if name in cohort.extras}
         extras = {name: value for name, value in cohort.extras.items() if name not in reduced}
         cohort = replace(cohort, extras=extras)
-        mean = total / weight.to(total.dtype)
+        mean = total.div_(weight.to(total.dtype))
         streamed = Streamed(mean, Sums(cohort, torch.cat(shares), torch.cat(norms), means))
         return replace(cohort, streamed=streamed), self._buffers(job, merge(list(buffers), stored=True))
 

@@ -97,7 +97,8 @@ class Step:
             for name, p in zip(self.names, self.start, strict=True)
         ]
         slots = [torch.zeros_like(p) for _ in range(self.num_slots) for p in params]
-        flat = torch.cat([task.x.new_empty(0, dtype=task.dtype), *(p.flatten() for p in params[: self.num_shared])])
+        asked = params[: self.num_shared] if kind.pulled or self.situated else []
+        flat = torch.cat([task.x.new_empty(0, dtype=task.dtype), *(p.flatten() for p in asked)])  # (D,) or (0,)
         inputs = [self.x.index_select(0, at), task.y.index_select(0, at)]
         inputs += [torch.full((size,), 1 / size, dtype=task.dtype)] if kind.padded else []
         inputs += [torch.full((), 7 + number, dtype=torch.int64)] if self.drops else []
