@@ -193,7 +193,7 @@ def _machine(run: Run) -> tuple[torch.device, torch.dtype]:
         set_tf32(run.precision)
         torch.use_deterministic_algorithms(True, warn_only=True)
         # Nobody here reads what was never written; filling every new array would cost a launch each.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  (not among torch's typed names)
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("device=mps: this machine has no Metal device; use device=cpu")
     device, dtype = torch.device(name), getattr(torch, run.dtype)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from fedsim import __version__, plugins
+from fedsim.actions import Arguments
 from fedsim.errors import UserError, did_you_mean
-from fedsim.verbs import VERBS, Arguments, Verb
+from fedsim.verbs import VERBS, Verb
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 

@@ -47,7 +47,7 @@ STACK = (
     ("loop",),
     ("catalogue", "construct", "misfit", "config", "saved", "timing", "build"),
     ("simulation", "chorus", "replicas", "sweep", "report"),
-    ("verbs", "testing"),
+    ("actions", "verbs", "testing"),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, layer in enumerate(STACK) for name in layer}

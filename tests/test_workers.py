@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -273,6 +274,13 @@ def test_failing_clients_are_dropped_as_by_one_engine(how):
         cohort = getattr(trainer, how)(make_job(task, weights), *more)[0]
         results.append((cohort.clients.tolist(), trainer.failures))
     assert results[0] == results[1] == ([0, 2, 3, 4, 5, 6], {1: "ValueError: no class 2, please"})
+
+
+def test_a_stream_of_no_blocks_ends_at_once():
+    # As after `train_sum`, which leaves no block to a stream of 100 clients either.
+    engine = distributed(make_task()[0], 2, seed=1)
+    assert list(engine.stream([])) == []
+    assert engine.pool.closed is False
 
 
 # Parcels and memory.
@@ -558,9 +566,12 @@ def test_a_model_that_cannot_be_sent_is_one_clear_line(run):
         run(*PROCESSES, model=Local())
 
 
-def test_a_class_that_workers_cannot_import_is_one_clear_line(run):
+def test_a_class_that_workers_cannot_import_is_one_clear_line(run, monkeypatch):
+    # A module that exists in this process alone: what stands here is importable where the path has the root.
+    monkeypatch.setitem(sys.modules, "here_alone", module := ModuleType("here_alone"))
+    exec("from fedsim.clients.cross_entropy import CrossEntropy\nclass Here(CrossEntropy): pass", vars(module))
     with pytest.raises(RuntimeError, match=r"a worker cannot take the task \(.*\); its classes must stand in modules"):
-        run(*PROCESSES, client=Refusing())
+        run(*PROCESSES, client=module.Here())
 
 
 def test_the_table_of_blocks_knows_no_workers():
