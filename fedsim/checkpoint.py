@@ -52,7 +52,7 @@ def save(folder: Path, round: int, state: State, *, keep: int = 2) -> None:
         partial.unlink(missing_ok=True)
         raise
     older = [known for known in rounds(folder) if known < round]  # a newer one is torn: nobody could go on from it
-    _remove(folder, older[: len(older) - max(keep, 1) + 1])
+    _remove(folder, older[: max(0, len(older) + 1 - max(keep, 1))])
 
 
 def forget(folder: Path, round: int) -> None:

@@ -88,6 +88,13 @@ def test_the_newest_are_kept(tmp_path):
     assert checkpoint.rounds(tmp_path) == [11]
 
 
+@pytest.mark.parametrize("keep", range(1, 9))
+def test_as_many_are_kept_as_asked_while_there_are_few(keep, tmp_path):
+    for round in range(1, 12):
+        checkpoint.save(tmp_path, round, {}, keep=keep)
+        assert checkpoint.rounds(tmp_path) == list(range(max(1, round - keep + 1), round + 1))
+
+
 def test_the_same_round_may_be_written_again(tmp_path):
     for value in (1, 2):
         checkpoint.save(tmp_path, 5, {"value": value, "w": torch.tensor(value)})
