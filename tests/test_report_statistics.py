@@ -58,6 +58,16 @@ def test_few_and_equal_runs():
     assert paired([0.0, 0.0], [0.0, 0.0]).p == 1
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_run_that_is_not_a_number_shows_nothing(value):
+    one = paired([1.0, 1.1, value], [0.0, 0.0, 0.0])
+    assert one.p == 1
+    assert not np.isfinite(one.mean)
+    assert np.isnan(one.half)
+    assert paired([value, value], [value, value]).p == 1
+    assert paired([np.inf, 0.0], [0.0, np.inf]).p == 1
+
+
 def test_holm_by_hand():
     # Sorted .005 .01 .03 .04 times 4 3 2 1 is .02 .03 .06 .04; never below one before it.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])

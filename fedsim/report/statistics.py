@@ -92,14 +92,19 @@ def paired(a: Sequence[float] | Float, b: Sequence[float] | Float) -> Paired | N
     """Test a − b, pair by pair; None for fewer than two pairs, which say nothing about chance.
 
     Differences that all agree to rounding have no spread, so Student's t does not exist: p is 1 where they are 0 (the
-    same method under two names), and that of the sign test elsewhere, 2 · 2⁻ⁿ.
+    same method under two names), and that of the sign test elsewhere, 2 · 2⁻ⁿ. Where a value is not finite p is 1: of
+    a run that diverged no size of a difference is known.
     """
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)  # (n,)
-    difference = x - y  # (n,)
-    count = len(difference)
+    count = len(x)
     if count < 2:
         return None
-    mean, deviation = float(difference.mean()), float(difference.std(ddof=1))
+    with np.errstate(invalid="ignore"):  # ∞ − ∞
+        difference = x - y  # (n,)
+        mean = float(difference.mean())
+    if not math.isfinite(mean):
+        return Paired(mean, math.nan, 1.0, count)
+    deviation = float(difference.std(ddof=1))
     rounding = (
         8 * np.finfo(np.float64).eps * max(float(np.maximum(abs(x), abs(y)).max()), float(np.finfo(np.float64).tiny))
     )
