@@ -71,6 +71,17 @@ def test_arguments_of_the_row_reach_the_engine(place):
     engine.close()
 
 
+def test_a_row_whose_engine_cannot_run_the_task_gives_way_to_the_table(place):
+    """The file outlives versions of fedsim, and a situation does not say all that an engine may refuse."""
+    expected, _ = make_engine(make_task(), "auto", cohort=6, threads=1)
+    save(make_task(), 6, {"name": "vectorized", "kernels": "fused", "chunk": 0})  # refused: chunk < 1
+    engine, why = make_engine(make_task(), "auto", cohort=6, threads=1)
+    assert engine.plan == expected.plan
+    assert "not as measured on 2026-01-31 by fedsim bench: engine=vectorized" in why
+    with pytest.raises(UserError, match="engine=vectorized"):  # who asks for it is told
+        make_engine(make_task(), "vectorized", cohort=6, threads=1, kernels="fused", chunk=0)
+
+
 @pytest.mark.parametrize(
     ("task", "cohort", "threads"),
     [

@@ -17,7 +17,8 @@ from fedsim.errors import UserError
 def make_engine(task: Task, name: str, cohort: int, threads: int, **arguments: Any) -> tuple[Engine, str]:
     """Return the engine of a name, and why where the name is "auto".
 
-    First comes the user's own row of the table, which `fedsim bench --save` has written. Then, on an accelerator,
+    First comes the user's own row of the table, which `fedsim bench --save` has written, where its engine can run the
+    task. Then, on an accelerator,
     `vectorized` whenever clients can be batched; on a CPU the cheapest by `engine.table` of what runs the task:
     recorded steps, a batch of clients by fused or generic kernels, or `sequential`.
 
@@ -49,10 +50,14 @@ def make_engine(task: Task, name: str, cohort: int, threads: int, **arguments: A
         except ValueError as error:
             raise UserError(f"engine={name}: {error}") from error
     mine = measured.find(measured.situation(task, cohort, threads))
-    if mine is not None:
+    if mine is None:
+        return _by_table(task, cohort, threads)
+    try:
         engine, _ = make_engine(task, cohort=cohort, threads=threads, **mine.arguments)
-        return engine, f"measured on {mine.measured} by fedsim bench"
-    return _by_table(task, cohort, threads)
+    except UserError as error:  # the situation does not say all that an engine may refuse
+        engine, why = _by_table(task, cohort, threads)
+        return engine, f"{why}; not as measured on {mine.measured} by fedsim bench: {error}"
+    return engine, f"measured on {mine.measured} by fedsim bench"
 
 
 def _by_table(task: Task, cohort: int, threads: int) -> tuple[Engine, str]:
