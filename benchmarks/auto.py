@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks import harness
 from benchmarks.training import engine_side, threaded
 from benchmarks.workloads import Workload
-from fedsim.build import THREADS_PAY, _probe
+from fedsim.build_model import THREADS_PAY, probe
 from fedsim.contracts import Partition
 from fedsim.engine.auto import make_engine
 from fedsim.engine.task import Engine
@@ -201,7 +201,7 @@ def _threads(work: Workload, most: int) -> int:
     module = work.task().module
     with torch.no_grad():
         classes = module(work.x[:2]).shape[1]
-    operations = _probe(module, work.x, classes) * (work.training.batch_size or int(work.partition.sizes.max()))
+    operations = probe(module, work.x, classes) * (work.training.batch_size or int(work.partition.sizes.max()))
     return most if operations >= THREADS_PAY else 1
 
 

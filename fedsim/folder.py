@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,3 +38,19 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+@contextmanager
+def storage(folder: Path) -> Iterator[None]:
+    """Turn the two ways in which a folder cannot be written into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RuntimeError(
+                f"no space left on the device of {folder}; the rounds up to the last checkpoint are kept: make room, "
+                f"then `fedsim run resume={folder}`"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST) and error.filename:
+            raise UserError(f"hydra.run.dir={folder} cannot be written: {error.strerror} ({error.filename})") from error
+        raise

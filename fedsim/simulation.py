@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -19,16 +17,16 @@ from fedsim.build import build, data
 from fedsim.config import Config, compose, to_yaml
 from fedsim.console import Observer
 from fedsim.contracts import Dataset, Partition
-from fedsim.data.splits import chosen, save_partition
+from fedsim.data.splits import save_partition
+from fedsim.drawn import counts, names
 from fedsim.engine.rounds import AllUpdatesBad, BadUpdate
 from fedsim.errors import ClientError, UserError
 from fedsim.experiment import Experiment
 from fedsim.files import atomic
-from fedsim.folder import locked
-from fedsim.local import Int64
+from fedsim.folder import locked, storage
 from fedsim.loop import Loop
 from fedsim.metrics.records import RoundLog, write_json
-from fedsim.metrics.skew import label_counts, skew
+from fedsim.metrics.skew import skew
 from fedsim.notebook import default_observer
 from fedsim.objects import with_parts
 from fedsim.partition.picture import draw
@@ -129,7 +127,7 @@ class Launch:
 
     def go(self, observer: Observer) -> Result:
         """Run it to its end."""
-        with _storage(self.folder), locked(self.folder):
+        with storage(self.folder), locked(self.folder):
             if self.saved is None:
                 _describe(self.experiment, self.config, self.folder)
             else:
@@ -198,22 +196,6 @@ def _describe(experiment: Experiment, config: Config, folder: Path) -> None:
     _write_config(config, folder)
     write_json(folder / "plan.json", experiment.plan)
     save_partition(folder / "partition.npz", experiment.partition, experiment.local)
-
-
-@contextlib.contextmanager
-def _storage(folder: Path) -> Any:
-    """Turn the two ways in which a folder cannot be written into one clear line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RuntimeError(
-                f"no space left on the device of {folder}; the rounds up to the last checkpoint are kept: make room, "
-                f"then `fedsim run resume={folder}`"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST) and error.filename:
-            raise UserError(f"hydra.run.dir={folder} cannot be written: {error.strerror} ({error.filename})") from error
-        raise
 
 
 def _drive(
@@ -285,31 +267,8 @@ def _write_model(experiment: Experiment, loop: Loop, folder: Path) -> None:
 
 def _draw(dataset: Dataset, drawn: Partition, folder: Path) -> None:
     """Draw whose samples are of which class."""
-    draw(
-        _counts(dataset, drawn),
-        folder / "partition.png",
-        class_names=dataset.class_names,
-        client_names=_names(dataset, drawn),
-    )
-
-
-def _counts(dataset: Dataset, drawn: Partition) -> Int64:
-    """Count each client's training, validation and test samples of each class (K, C)."""
-    return label_counts(chosen(dataset.y.numpy(), dataset.splits["train"]), drawn, dataset.num_classes)
-
-
-def _names(dataset: Dataset, drawn: Partition) -> Sequence[str] | None:
-    """Return the clients' names where the partition is the data's own: no client mixes two natural ones."""
-    if dataset.client is None or dataset.client_names is None:
-        return None
-    owners = dataset.client[dataset.splits["train"]][drawn.indices]
-    names = []
-    for k in range(drawn.num_clients):
-        mine = set(owners[drawn.offsets[k] : drawn.offsets[k + 1]].tolist())
-        if len(mine) != 1:
-            return None
-        names.append(dataset.client_names[mine.pop()])
-    return names if len(set(names)) == len(names) else None
+    path, classes = folder / "partition.png", dataset.class_names
+    draw(counts(dataset, drawn), path, class_names=classes, client_names=names(dataset, drawn))
 
 
 def partition(config: Config, observer: Observer) -> Path:
@@ -317,10 +276,10 @@ def partition(config: Config, observer: Observer) -> Path:
     dataset, drawn, local = data(config)
     run_dir_named(config, f"partition-{config.hydra.runtime.choices.partition}")
     folder = claim_run_dir(config)
-    with _storage(folder), locked(folder):
+    with storage(folder), locked(folder):
         _write_config(config, folder)
         save_partition(folder / "partition.npz", drawn, local)
-        figures = skew(_counts(dataset, drawn))
+        figures = skew(counts(dataset, drawn))
         _draw(dataset, drawn, folder)
         write_json(folder / "summary.json", {"status": "done", **{name: value for name, value, _ in figures.rows()}})
     observer.skew(figures.rows())

@@ -1,5 +1,6 @@
 """The command line: verbs, help, exit codes, and how little a start costs."""
 
+import importlib
 import os
 import shlex
 import subprocess
@@ -42,6 +43,7 @@ class Simulation(types.ModuleType):
 
 @pytest.fixture
 def simulation(monkeypatch: pytest.MonkeyPatch) -> Simulation:
+    importlib.import_module("fedsim.replicas")  # takes names of the real one
     fake = Simulation()
     monkeypatch.setitem(sys.modules, "fedsim.simulation", fake)
     monkeypatch.setattr(fedsim, "simulation", fake, raising=False)

@@ -45,8 +45,8 @@ STACK = (
         "stopping",
     ),
     ("loop",),
-    ("catalogue", "construct", "misfit", "config", "saved", "timing", "build"),
-    ("simulation", "chorus", "replicas", "sweep", "report"),
+    ("catalogue", "construct", "misfit", "config", "saved", "timing", "build", "build_model", "build_uplink"),
+    ("simulation", "drawn", "chorus", "replicas", "sweep", "report"),
     ("actions", "verbs", "testing"),
     ("cli", "__main__"),
 )
