@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
 from fedsim.clients.cross_entropy import CrossEntropy
@@ -281,3 +282,55 @@ print(sorted({{"torch._dynamo", "torch._inductor", "sympy"}} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"  # each takes half a second or more
+
+
+def test_a_recording_lets_go_of_values_and_confuses_none_that_lies_where_another_did():
+    seen = []
+
+    def function(given):
+        x = given[0]
+        for k in range(6):  # each value's memory is likely the one of the value before the last
+            x = x * 2 + k
+            seen.append(StorageWeakRef(x.untyped_storage()))
+            held.append(sum(not ref.expired() for ref in seen))
+        return [x]
+
+    held = []
+    program = record(function, [torch.ones(1 << 18)])
+    assert max(held) <= 2  # the newest and the one it is made of
+    x = torch.arange(5.0)
+    expected = function([x])[0]
+    assert torch.equal(program([x.clone()])[0], expected)
+
+
+def test_what_is_written_into_is_written_as_soon_as_nobody_needs_it_as_it_was():
+    def function(given):
+        a, b, x = given
+        grad_b = x * 2
+        grad_a = grad_b * a  # reads a, which may not move before
+        other = grad_a + b  # reads b
+        a.sub_(grad_a)
+        b.sub_(grad_b)
+        return [other * 3 + a.view(-1)]
+
+    def inputs():
+        return [torch.tensor([2.0, 3.0]), torch.tensor([5.0, 7.0]), torch.tensor([0.5, -1.0])]
+
+    program = record(function, inputs())
+    lines = program.body.splitlines()
+    written = [k for k, line in enumerate(lines) if "sub_" in line]
+    assert written == [2, 4], program.body  # each before whatever does not read it as it was
+    assert "inputs[0]" in lines[2]
+    mine, theirs = inputs(), inputs()
+    assert torch.equal(program(mine)[0], function(theirs)[0])
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_the_modules_parameters_are_a_lanes_memory_and_hold_no_models_size_beside_it():
+    layers = [nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 3, 2, padding=1), nn.Flatten(), nn.Linear(27, 5)]
+    task = make_task(nn.Sequential(*layers).double(), x=X)
+    engine = Captured(task, threads=2)
+    lane = engine._lanes.get()
+    assert {p.untyped_storage()._cdata for p in task.module.parameters()} == {lane.flat.untyped_storage()._cdata}
+    assert {p.untyped_storage()._cdata for p in lane.params} == {lane.flat.untyped_storage()._cdata}
+    assert not engine.step.start

@@ -72,7 +72,7 @@ class Captured:
 
     def train(self, job: Job, out: Tensor) -> Block:
         """Train the rows of a job and write their updates w_k − w_received into out (K, D)."""
-        return self.begin(self.task, job, out)()
+        return self._begin(self.task, job, out, None, here=self._alone())()
 
     def train_sum(self, job: Job, coefficients: Tensor, total: Tensor) -> Block:
         """Train the rows of a job and add Σ c_k Δ_k over finite rows to total (D,); no row is ever held.
@@ -86,7 +86,11 @@ class Captured:
             total: (D,), added to.
 
         """
-        return self.begin(self.task, job, None, (coefficients.tolist(), total))()
+        return self._begin(self.task, job, None, (coefficients.tolist(), total), here=self._alone())()
+
+    def _alone(self) -> bool:
+        """Whether the caller's thread may do what the one thread of the pool would: the same operations."""
+        return self._threads == 1 and torch.get_num_threads() == 1
 
     def begin(
         self, task: Task, job: Job, out: Tensor | None, summed: tuple[list[float], Tensor] | None = None
@@ -100,6 +104,11 @@ class Captured:
             summed: c_k of each row and the total (D,), added to.
 
         """
+        return self._begin(task, job, out, summed, here=False)
+
+    def _begin(
+        self, task: Task, job: Job, out: Tensor | None, summed: tuple[list[float], Tensor] | None, *, here: bool
+    ) -> Callable[[], Block]:
         step, order = self.step, local_round(task, job, 0, task.phases[0])
         block = room(task, job, order.num_steps)
         play, starts, common = self._versions(job)
@@ -131,12 +140,12 @@ class Captured:
             finally:
                 self._lanes.put(lane)
 
-        waiting = [self._pool.submit(run, number) for number in range(len(parts))]
+        waiting = [] if here else [self._pool.submit(run, number) for number in range(len(parts))]
 
         def end() -> Block:
             try:
-                for number, future in enumerate(waiting):
-                    future.result()
+                for number in range(len(parts)):
+                    run(number) if here else waiting[number].result()
                     part, sums[number] = sums[number], None
                     if summed and part is not None and part is not summed[1]:
                         summed[1].add_(part)

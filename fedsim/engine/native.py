@@ -132,18 +132,33 @@ def _bucket(lengths: Int64, full: int, buckets: int) -> Int64:
 
 
 class Lane:
-    """The memory of one client in training; each thread has its own."""
+    """The memory of one client in training; each thread has its own.
 
-    def __init__(self, task: Task, names: list[str], apart: list[str], slots: int) -> None:
+    Args:
+        task: what all rounds share.
+        names: of the parameters, shared ones first.
+        apart: of those kept channels-last while a client trains, in their own part of the flat memory.
+        slots: of the optimiser, each of the parameters' shapes.
+        bound: whether the module's own shared parameters lie here too: they are scratch, and a model's size.
+
+    """
+
+    def __init__(self, task: Task, names: list[str], apart: list[str], slots: int, *, bound: bool) -> None:
         own = dict(task.module.named_parameters())
         self.flat = torch.zeros(task.shared.size, dtype=task.dtype)  # (D,)
         views = task.shared.split(self.flat)
         self.apart_views = [views[name] for name in apart]
-        self.apart = [view.contiguous(memory_format=torch.channels_last) for view in self.apart_views]
+        last = [torch.empty_like(view, memory_format=torch.channels_last).stride() for view in self.apart_views]
+        self.apart = [
+            view.as_strided(view.shape, stride) for view, stride in zip(self.apart_views, last, strict=True)
+        ]
         kept = dict(zip(apart, self.apart, strict=True))
         self.local = [own[name].detach().clone() for name in task.local.names]
         mine = {**views, **kept, **dict(zip(task.local.names, self.local, strict=True))}
         self.params = [mine[name] for name in names]
+        if bound:
+            for name in task.shared.names:
+                own[name].data = mine[name].copy_(own[name].detach())
         self.slots = [torch.zeros_like(p) for _ in range(slots) for p in self.params]
 
 
@@ -195,7 +210,8 @@ def loop(
         start = starts[versions[i]]
         flat.copy_(start)
         for j in range(len(apart)):
-            apart[j].copy_(apart_views[j])
+            view = apart_views[j]
+            apart[j].copy_(start.narrow(0, view.storage_offset(), view.numel()).view_as(view))
         for j in range(len(local)):
             local[j].copy_(kept[j][row])
         for j in range(len(slots)):
@@ -235,7 +251,7 @@ def loop(
             for j in range(len(left)):
                 left[j][row].copy_(results[j])
         for j in range(len(apart)):
-            apart_views[j].copy_(apart[j])
+            apart_views[j].copy_(apart[j].clone())
         for j in range(len(local)):
             kept[j][row].copy_(local[j])
         if out is not None:

@@ -69,7 +69,7 @@ class Recorder(Watch):
     def _name(self, tensor: Tensor) -> int:
         place = _place(tensor)
         if place[0] not in self.seen:
-            self.seen[place[0]] = StorageWeakRef(tensor.untyped_storage())
+            self.seen[place[0]] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         self.numbers[place] = self.count
         self.count += 1
         return self.count - 1

@@ -65,6 +65,12 @@ class Step:
         self.drops = self.of_batch or any(isinstance(module, KeyedDropout) for module in self.module.modules())
         self.carried: dict[Kind, tuple[str, ...]] = {}  # names of the step state that a kind of step leaves
 
+    def start_from(self, weights: Tensor) -> None:
+        """Let examples start from weights (D,) of a round: the module's own may be in training."""
+        own = dict(self.module.named_parameters())
+        local = [own[name].detach() for name in self.task.local.names]
+        self.start = [*self.task.shared.split(weights).values(), *local]
+
     def pull(self, job: Job, version: int) -> float:
         """Return μ of a version's clients."""
         sent = job.broadcasts.get(version, {})
