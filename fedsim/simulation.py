@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fedsim import checkpoint
 from fedsim.build import build, data
 from fedsim.config import Config, compose, to_yaml
 from fedsim.console import Observer
@@ -163,7 +164,8 @@ def resume(folder: Path, overrides: Sequence[str], observer: Observer) -> Result
         observer: who is told.
 
     Raises:
-        UserError: no such run, a checkpoint that cannot be read, or overrides that would make it another run.
+        UserError: no such run, a checkpoint that cannot be read, or overrides that would make it another run, or a
+            shorter one.
 
     """
     return relaunch(folder, overrides).go(observer)
@@ -178,6 +180,11 @@ def relaunch(folder: Path, overrides: Sequence[str]) -> Launch:
         raise UserError(
             f"resume={folder}: the run was started from Python with objects for {', '.join(parts)}; "
             "call fedsim.simulate again"
+        )
+    done = max(checkpoint.rounds(folder / "checkpoints"), default=0)
+    if config.num_rounds < done:
+        raise UserError(
+            f"resume={folder}: the run has {done} rounds, and cannot go back to num_rounds={config.num_rounds}"
         )
     saved = read_plan(folder)
     started = time.perf_counter()

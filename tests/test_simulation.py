@@ -740,6 +740,15 @@ def test_a_finished_run_has_nothing_to_add(run):
     assert heard.notes == ["the run has its 2 rounds already"]
 
 
+def test_a_run_cannot_go_back_to_fewer_rounds(run):
+    result = run(*BLOBS, num_rounds=3)
+    before, config = contents(result), (result.folder / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"has 3 rounds, and cannot go back to num_rounds=2"):
+        resume(result.folder, "num_rounds=2")
+    assert contents(result) == before
+    assert (result.folder / "config.yaml").read_bytes() == config
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
