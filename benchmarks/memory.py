@@ -32,6 +32,7 @@ ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
 SIDES = {
     "alone": (),
     "sequential": ("engine=sequential",),
+    "captured": ("engine=vectorized", "engine.kernels=captured", "threads=1"),
     "vectorized": ("engine=vectorized", "engine.kernels=generic", "engine.chunk=1", "threads=1"),
 }
 
