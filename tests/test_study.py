@@ -8,7 +8,7 @@ from scipy import stats
 
 from fedsim.errors import UserError
 from fedsim.study import page, verdict
-from fedsim.study.drive import OTHER_SEEDS, experiment
+from fedsim.study.drive import OTHER_SEEDS, Asked, _figure, _judge, _write, experiment
 from fedsim.study.spec import Study, build, load, merged
 from fedsim.sweep.board import Board
 
@@ -102,7 +102,7 @@ def test_arms_like_others_and_later_overrides():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["fedld", "flag", "fedhyper", "ef21"])
+@pytest.mark.parametrize("name", ["fedld", "flag", "fedhyper", "ef21", "unstale", "unstale_dirichlet"])
 def test_shipped_experiments_are_sound(name):
     study = build(load(name))
     assert study.seeds >= 10
@@ -198,6 +198,84 @@ def test_rounds_to_a_target(toys, tmp_path):
     assert {one["cell"] for one in means} == {"all"}
     assert {one["arm"]: one["mean"] for one in means} == {arm: np.mean(values) for arm, values in expected.items()}
     assert len(set(map(tuple, expected.values()))) > 1
+
+
+def written(folder, seed, rows):
+    trial = folder / f"{seed}"
+    trial.mkdir()
+    (trial / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"trial": trial.name}
+
+
+def judged(tmp_path, figures, **changes):
+    """Return what is found of runs that ended with these figures: arm → a value a seed, as rows.jsonl has it."""
+    study = Study(**{"claims": [CLAIM], "arms": {"a": [], "b": []}, "seeds": 3, **changes})
+    (tmp_path / "report").mkdir(exist_ok=True)
+    rows = [
+        {"arm": arm, **written(tmp_path / "report", f"{arm}{seed}", [{"round": 1, study.metric: value}])}
+        for arm, values in figures.items() for seed, value in enumerate(values)
+    ]  # fmt: skip
+    asked = Asked("toy", study, (), (), None)
+    return study, _judge(asked, tmp_path, rows)
+
+
+@pytest.mark.parametrize(("arm", "other"), [("a", "b"), ("b", "a")])
+def test_a_run_that_diverged_is_said_and_shows_nothing(arm, other, tmp_path):
+    figures = {arm: [0.1, None, 0.11], other: [0.5, 0.6, 0.55]}
+    null = {"arm": "a", "baseline": "b"}
+    study, found = judged(tmp_path, figures, metric="loss", better="lower", null_control=null)
+    assert [line.verdict for line in found.lines] == ["not shown: runs diverged"]
+    assert (found.lines[0].effect.adjusted, found.lines[0].effect.equivalence) == (1, 1)
+    assert found.means["all", arm] == pytest.approx(0.105)
+    text = page.section("toy", study, found, [], [])
+    assert f"| {arm} | 0.105, 1 of 3 diverged |" in text
+    assert "| a > b | all | runs diverged | 1.000 | 1.000 | – | not shown: runs diverged |" in text
+    assert "| runs diverged: **wrong** |" in text
+    assert "nan" not in text
+    assert "inf" not in text
+    _write(tmp_path / "results.json", page.tree(found, []))
+
+    def strict(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    tree = json.loads((tmp_path / "results.json").read_text(), parse_constant=strict)
+    assert {one["arm"]: one["diverged"] for one in tree["means"]} == {arm: 1, other: 0}
+
+
+def test_arms_that_diverge_everywhere_are_no_difference(tmp_path):
+    study, found = judged(tmp_path, {"a": [None] * 3, "b": [None] * 3}, metric="loss", better="lower")
+    assert found.lines[0].verdict == "not shown: runs diverged"
+    assert "| a | diverged |" in page.section("toy", study, found, [], [])
+
+
+def test_a_family_with_a_diverged_cell_keeps_its_other_p(tmp_path):
+    """Holm's first rank is that of the smallest p, which a NaN is not: 2 p of the clear cell."""
+    clear, broken = effects([[3, 3.1, 2.9, 3, 3.1], [np.nan, 1, 1, 1, 1]])
+    one, other = verdict.adjusted([broken, clear])
+    assert (one.adjusted, other.adjusted) == (1, pytest.approx(2 * clear.test.p))
+
+
+def test_a_figure_that_no_run_has_is_the_users_to_mend(tmp_path):
+    study = Study(claims=[CLAIM], arms=ARMS, metric="los")
+    row = written(tmp_path, 0, [{"round": 1, "loss": 1.0}])
+    with pytest.raises(UserError, match="metric: runs have no los; they have loss"):
+        _figure(study, tmp_path, row)
+    with pytest.raises(UserError, match="along: rounds have no rounds; they have loss, round"):
+        _figure(Study(claims=[CLAIM], arms=ARMS, metric="loss", target=0.1, along="rounds"), tmp_path, row)
+
+
+def test_bytes_until_a_target_go_on_after_a_round_in_which_nobody_arrived(tmp_path):
+    """5 bytes, none, 7 bytes: reached with 12; a round without a figure of the cohort keeps the last one."""
+    rows = [
+        {"round": 1, "accuracy": 0.1, "bytes_up": 5, "train_loss": 2.0},
+        {"round": 2, "accuracy": 0.1},
+        {"round": 3, "accuracy": 0.9, "bytes_up": 7, "train_loss": 1.0},
+        {"round": 4, "accuracy": 0.9},
+    ]
+    row = written(tmp_path, 0, rows)
+    study = Study(claims=[CLAIM], arms=ARMS, target=0.8, along="bytes_up")
+    assert _figure(study, tmp_path, row) == 12
+    assert _figure(Study(claims=[CLAIM], arms=ARMS, metric="train_loss"), tmp_path, row) == 1
 
 
 def test_a_wrong_word_is_found_before_anything_runs(toys, tmp_path):

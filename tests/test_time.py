@@ -206,10 +206,12 @@ def test_a_job_of_one_kind_has_the_rate_of_its_rows():
     assert [(rate, rows.tolist()) for rate, rows in apart.kinds(same)] == [(0.25, [0, 2]), (0.25, [1])]
 
 
-def test_a_rule_may_send_more_from_its_second_round_on(tmp_path):
+@pytest.mark.parametrize("kernels", ["captured", "fused"])
+def test_a_rule_may_send_more_from_its_second_round_on(tmp_path, kernels):
     """FedHyper-CL sends `previous` with every version but the first."""
     arguments = ("strategy=fedhyper_cl", *MIXED)
-    weights = [weights_of(tmp_path / engine, *arguments, f"engine={engine}") for engine in ("sequential", "vectorized")]
+    engines = (["engine=sequential"], ["engine=vectorized", f"engine.kernels={kernels}"])
+    weights = [weights_of(tmp_path / str(i), *arguments, *engine) for i, engine in enumerate(engines)]
     torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-12)
 
 
