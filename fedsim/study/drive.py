@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from fedsim.construct import construct
 from fedsim.errors import UserError
 from fedsim.files import atomic
 from fedsim.folder import locked
+from fedsim.metrics.records import plain
 from fedsim.misfit import quoted
 from fedsim.study import page, verdict
 from fedsim.study.spec import FIRST_TUNING_SEED, Arm, Study, build, load, merged
@@ -209,22 +211,30 @@ def _judge(asked: Asked, folder: Path, rows: Sequence[table.Row]) -> page.Findin
         for role, pair in (("null", study.null_control), ("positive", study.positive_control))
         if pair is not None
     }
-    means = {key: sum(values) / len(values) for key, values in figures.items()}
-    return page.Findings(lines, checks, means)
+    finite = {key: [value for value in values if math.isfinite(value)] for key, values in figures.items()}
+    means = {key: sum(values) / len(values) if values else math.nan for key, values in finite.items()}
+    diverged = {key: len(values) - len(finite[key]) for key, values in figures.items()}
+    return page.Findings(lines, checks, means, diverged)
 
 
 def _figure(study: Study, folder: Path, row: Mapping[str, Any]) -> float:
-    """Return what is compared of one run."""
+    """Return what is compared of one run: the worst value, ±∞, where its metric is not finite."""
     lines = (folder / row["trial"] / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
     rounds = [json.loads(line) for line in lines]
     if study.target is None:
-        value = row.get(study.metric, rounds[-1].get(study.metric))
+        known = next((found for found in (row, *reversed(rounds)) if study.metric in found), {})
+        value = known.get(study.metric, "")
+        if value is None:  # what is not finite is written as null
+            return -study.sign * math.inf
         if not isinstance(value, int | float):
             raise UserError(f"metric: runs have no {study.metric}; they have {', '.join(sorted({*row, *rounds[-1]}))}")
         return float(value)
+    if not any(study.along in found for found in rounds):
+        raise UserError(f"along: rounds have no {study.along}; they have {', '.join(sorted(rounds[-1]))}")
     along = 0.0
     for found in rounds:
-        along = float(found[study.along]) if study.along != "bytes_up" else along + float(found["bytes_up"])
+        step = float(found.get(study.along) or 0.0)  # a round in which nobody arrived has no bytes_up
+        along = along + step if study.along == "bytes_up" else max(along, step)
         value = found.get(study.metric)
         reached = value is not None and (value >= study.target if study.better == "higher" else value <= study.target)
         if reached:
@@ -234,4 +244,4 @@ def _figure(study: Study, folder: Path, row: Mapping[str, Any]) -> float:
 
 def _write(path: Path, tree: Any) -> None:
     with atomic(path) as file:
-        file.write(json.dumps(tree, indent=1, ensure_ascii=False).encode() + b"\n")
+        file.write(json.dumps(plain(tree), indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")

@@ -28,7 +28,8 @@ class Findings:
 
     lines: Sequence[Line]
     checks: Mapping[str, Sequence[Effect]]  # "null" and "positive" → an effect a cell
-    means: Mapping[tuple[str, str], float]  # (cell, arm) → mean of what is compared
+    means: Mapping[tuple[str, str], float]  # (cell, arm) → mean of what is compared, over runs that did not diverge
+    diverged: Mapping[tuple[str, str], int]  # (cell, arm) → runs that did
 
 
 def cell_name(values: Mapping[str, Any]) -> str:
@@ -83,6 +84,8 @@ def _budget(study: Study) -> str:
 
 
 def _row(one: Effect) -> str:
+    if one.diverged:
+        return f"{one.cell} | runs diverged | {_p(one.adjusted)} | {_p(one.equivalence)} | –"
     return (
         f"{one.cell} | {one.test.mean:+.4g} ± {one.test.half:.2g} | {_p(one.adjusted)} | {_p(one.equivalence)} | "
         f"{one.detectable:.2g}"
@@ -99,8 +102,8 @@ def _checks(found: Findings) -> list[str]:
     for role, effects in found.checks.items():
         for one in effects:
             seen = one.found or (role == "null" and one.lost)
-            right = seen == (role == "positive")
-            what = "found" if seen else "no difference"
+            right = seen == (role == "positive") and not one.diverged
+            what = "runs diverged" if one.diverged else "found" if seen else "no difference"
             lines.append(
                 f"| {role}: {one.arm} − {one.baseline} | {_row(one)} | {what}{'' if right else ': **wrong**'} |"
             )
@@ -113,8 +116,15 @@ def _checks(found: Findings) -> list[str]:
 def _means(study: Study, found: Findings) -> str:
     cells = list(dict.fromkeys(cell for cell, _ in found.means))
     rows = [f"| arm | {' | '.join(cells)} |", "|---" * (len(cells) + 1) + "|"]
-    rows += [f"| {arm} | {' | '.join(f'{found.means[cell, arm]:.4g}' for cell in cells)} |" for arm in study.methods]
+    rows += [f"| {arm} | {' | '.join(_mean(study, found, (cell, arm)) for cell in cells)} |" for arm in study.methods]
     return "\n".join(rows)
+
+
+def _mean(study: Study, found: Findings, key: tuple[str, str]) -> str:
+    count = found.diverged[key]
+    if not count:
+        return f"{found.means[key]:.4g}"
+    return f"{found.means[key]:.4g}, {count} of {study.seeds} diverged" if count < study.seeds else "diverged"
 
 
 def tree(found: Findings, chosen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -126,7 +136,8 @@ def tree(found: Findings, chosen: Sequence[Mapping[str, Any]]) -> dict[str, Any]
             for line in found.lines
         ],
         "checks": {role: [asdict(e) for e in effects] for role, effects in found.checks.items()},
-        "means": [{"cell": cell, "arm": arm, "mean": mean} for (cell, arm), mean in found.means.items()],
+        "means": [{"cell": cell, "arm": arm, "mean": mean, "diverged": found.diverged[cell, arm]}
+                  for (cell, arm), mean in found.means.items()],
         "chosen": list(chosen),
     }  # fmt: skip
 

@@ -8,6 +8,7 @@ A difference d_1 … d_n of two arms over n seeds, of which more is better, with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ SMALL = "found, but less than matters"
 OPPOSITE = "the opposite holds"
 EQUAL = "no difference that matters"
 OPEN = "not shown at this power"
+DIVERGED = "not shown: runs diverged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +47,18 @@ class Effect:
         """Whether it is worse, beyond chance."""
         return self.adjusted <= 1 - LEVEL and self.test.mean < 0
 
+    @property
+    def diverged(self) -> bool:
+        """Whether a run of either arm has no finite figure, so that the difference has no size."""
+        return not math.isfinite(self.test.mean)
+
 
 def effect(
     cell: str, names: tuple[str, str], runs: tuple[Sequence[float], Sequence[float]], *, sign: int, smallest: float
 ) -> Effect:
     """Compare the paired runs of two arms, of at least two seeds; p is not adjusted yet."""
-    difference = sign * (np.asarray(runs[0], dtype=np.float64) - np.asarray(runs[1], dtype=np.float64))  # (n,)
+    with np.errstate(invalid="ignore"):  # ∞ − ∞, of seeds with which both arms diverged
+        difference = sign * (np.asarray(runs[0], dtype=np.float64) - np.asarray(runs[1], dtype=np.float64))  # (n,)
     test = paired(difference, np.zeros_like(difference))
     if test is None:
         raise ValueError(f"{cell}: {names[0]} against {names[1]} has fewer than two common seeds")
@@ -63,11 +71,13 @@ def effect(
 
 
 def equivalence(mean: float, error: float, df: int, margin: float) -> float:
-    """Return the p of two one-sided tests that a mean lies within ±margin.
+    """Return the p of two one-sided tests that a mean lies within ±margin; 1 for a mean that is not finite.
 
     >>> round(equivalence(0.0, 0.5, 9, 1.0), 4)  # P(T > 2) with 9 degrees of freedom
     0.0383
     """
+    if not math.isfinite(mean):
+        return 1.0
     if not error:
         return 0.0 if abs(mean) < margin else 1.0
     t = (margin - abs(mean)) / error
@@ -89,6 +99,8 @@ def verdict(claimed: Effect, controls: Mapping[str, Effect], smallest: float) ->
         smallest: the smallest difference that matters.
 
     """
+    if claimed.diverged:
+        return DIVERGED
     if claimed.lost:
         return OPPOSITE
     if claimed.found:
