@@ -61,8 +61,9 @@ class Captured:
                 self._play({}, pulled=False)
         self._threads = threads or torch.get_num_threads()
         self._lanes: SimpleQueue[Lane] = SimpleQueue()
-        for _ in range(self._threads):
-            self._lanes.put(Lane(task, self.step.names, self.step.apart, self.step.num_slots))
+        self.step.start = []  # the module's own tensors, which become a lane's
+        for lane in range(self._threads):
+            self._lanes.put(Lane(task, self.step.names, self.step.apart, self.step.num_slots, bound=lane == 0))
         self._pool = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,))
         self.plan: Mapping[str, Any] = {"engine": "vectorized", "kernels": "captured"}
 
@@ -120,14 +121,16 @@ class Captured:
         parts = _blocks(rows) if summed else _shares(rows, order.num_steps, 4 * self._threads)
         steps = Steps(task, job, order, np.concatenate([rows[:0], *parts]), play.sizes)
         loop = play.loop(steps)
+        step.start = []
         sums: list[Tensor | None] = [None] * len(parts)
         ends = np.cumsum([0, *map(len, parts)])
 
         def run(number: int) -> None:
             lane, work = self._lanes.get(), steps.part(int(ends[number]), int(ends[number + 1]))
             losses = torch.zeros(len(work.length), dtype=task.dtype)  # (S,)
-            whole = summed is not None and len(parts) == 1  # then its sum needs no room of its own
-            total = sums[number] = summed[1] if whole else torch.zeros_like(summed[1]) if summed else None
+            total = None
+            if summed:  # the sum of one block alone needs no room of its own
+                total = sums[number] = summed[1] if len(parts) == 1 else torch.zeros_like(summed[1])
             try:
                 with torch.no_grad(), _as_written():
                     loop(
@@ -158,6 +161,7 @@ class Captured:
     def _versions(self, job: Job) -> tuple[Play, list[Tensor], list[list[Tensor]]]:
         """Return the programs of a job, and of each version its weights and what its clients share."""
         step, versions = self.step, sorted(set(job.received.tolist()))
+        step.start_from(job.models[versions[0]])
         pulls = [step.pull(job, version) for version in versions]
         told = [job.broadcasts.get(version, {}) if step.situated else {} for version in versions]
         if any(sent.keys() != told[0].keys() for sent in told):
