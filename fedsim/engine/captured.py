@@ -20,7 +20,6 @@ from torch import Tensor
 from fedsim.engine.lanes import mixes_samples, users_line
 from fedsim.engine.native import Lane, Steps
 from fedsim.engine.play import Play
-from fedsim.engine.record import NotRecordable
 from fedsim.engine.step import Step
 from fedsim.engine.task import LOCAL, Block, Job, Task, local_round, room, row_keys
 from fedsim.errors import UserError
@@ -53,12 +52,9 @@ class Captured:
         _check(task)
         self.task = task
         self.step = Step(task)
-        self._plays: dict[tuple[bool, tuple[str, ...]], Play] = {}
-        if not self.step.situated:
-            self._play({}, pulled=False)
-        else:
-            with contextlib.suppress(KeyError):  # of what the rule will send: the first round will tell
-                self._play({}, pulled=False)
+        self._plays: dict[Any, Play] = {}
+        with contextlib.suppress(KeyError):  # of what a rule has not sent yet: the first round will tell
+            self._play(task.told if self.step.situated else {}, pulled=False)
         self._threads = threads or torch.get_num_threads()
         self._lanes: SimpleQueue[Lane] = SimpleQueue()
         self.step.start = []  # the module's own tensors, which become a lane's
@@ -189,19 +185,29 @@ class Captured:
         return [*(block.state[name] for name in self.step.state), *numbers]
 
     def _play(self, sent: Mapping[str, Any], *, pulled: bool) -> Play:
-        """Return the programs of rounds in which the rule sends what has these names.
+        """Return the programs of rounds in which the rule sends what is named and formed like this.
 
         Raises:
             ValueError: a step cannot be recorded.
 
         """
-        key = (pulled, tuple(sorted(sent)))
+        other = [name for name, value in sent.items() if not isinstance(value, (Tensor, bool, int, float))]
+        if other:
+            raise ValueError(f"the rule sends {', '.join(other)}, which is neither a tensor nor a number")
+        key = (pulled, tuple(sorted((name, _form(value)) for name, value in sent.items())))
         if key not in self._plays:
             try:
                 self._plays[key] = Play(self.step, sent, pulled=pulled)
-            except NotRecordable as error:
+            except KeyError:  # of what the rule has not sent: an objective's own affair
+                raise
+            except Exception as error:  # whatever the user's code says to being recorded, others run it
                 raise ValueError(f"a step cannot be recorded: {users_line(error)}") from error
         return self._plays[key]
+
+
+def _form(value: Any) -> tuple[Any, ...]:
+    """Return what a program hangs on in a value that the rule sends."""
+    return (tuple(value.shape), str(value.dtype)) if isinstance(value, Tensor) else (type(value).__name__,)
 
 
 def _busy(num_steps: Int64, block: Block, out: Tensor | None) -> Int64:

@@ -46,6 +46,7 @@ class Work(NamedTuple):
 class Sizes(NamedTuple):
     """Which steps have a program of their own."""
 
+    full: int  # samples of a full batch
     buckets: int  # sizes of a batch
     turns: int  # steps at the begin of a round
 
@@ -65,7 +66,7 @@ class Steps:
     def __init__(self, task: Task, job: Job, order: Schedule, rows: Int64, layout: Sizes) -> None:
         self.rows = rows
         count, sizes = order.num_steps[rows], np.maximum(order.sizes[rows], 1)  # (R,)
-        full = task.training.batch_size or int(task.partition.sizes.max(initial=1))
+        full = layout.full
         self.first = np.concatenate([[0], np.cumsum(count)])  # (R+1,) a row's first step
         row = np.repeat(np.arange(len(rows)), count)  # (S,)
         number = np.arange(len(row)) - self.first[row]  # (S,) step of its row
@@ -149,9 +150,7 @@ class Lane:
         views = task.shared.split(self.flat)
         self.apart_views = [views[name] for name in apart]
         last = [torch.empty_like(view, memory_format=torch.channels_last).stride() for view in self.apart_views]
-        self.apart = [
-            view.as_strided(view.shape, stride) for view, stride in zip(self.apart_views, last, strict=True)
-        ]
+        self.apart = [view.as_strided(view.shape, stride) for view, stride in zip(self.apart_views, last, strict=True)]
         kept = dict(zip(apart, self.apart, strict=True))
         self.local = [own[name].detach().clone() for name in task.local.names]
         mine = {**views, **kept, **dict(zip(task.local.names, self.local, strict=True))}
@@ -162,16 +161,16 @@ class Lane:
         self.slots = [torch.zeros_like(p) for _ in range(slots) for p in self.params]
 
 
-def compiled(programs: Sequence[Program], padded: Sequence[bool], finish: Program | None) -> Callable[..., None]:
+def compiled(programs: Sequence[Program], padded: Sequence[bool], ends: Sequence[Program]) -> Callable[..., None]:
     """Return the native loop over steps of some programs, see `LOOP` for what it takes.
 
     Args:
         programs: of `Step`.
         padded: whether each reads the weights of its samples.
-        finish: of a client's round; None: nothing is left to do then.
+        ends: of a client's round, for its last step being the first, the second, …; none: nothing is left to do then.
 
     """
-    every = [*programs, *([] if finish is None else [finish])]
+    every = [*programs, *ends]
     texts = [_function(k, program) for k, program in enumerate(every)]
     chosen = "\n".join(
         f"    if which == {k}:\n        return step_{k}(inputs, constants)" for k in range(1, len(every))
@@ -183,8 +182,8 @@ def step(which: int, inputs: List[Tensor], constants: List[List[Tensor]]) -> Lis
 """
     unit = torch.jit.CompilationUnit("\n".join([*texts, choice, LOOP]))
     constants = [list(program.constants) for program in every]
-    last = -1 if finish is None else len(programs)
-    return lambda *given: unit.loop(*given, list(padded), last, constants)
+    lasts = list(range(len(programs), len(every)))
+    return lambda *given: unit.loop(*given, list(padded), lasts, constants)
 
 
 def _function(number: int, program: Program) -> str:
@@ -200,7 +199,7 @@ def loop(
     flat: Tensor, params: List[Tensor], slots: List[Tensor], apart: List[Tensor], apart_views: List[Tensor],
     local: List[Tensor], kept: List[Tensor], own: List[Tensor], left: List[Tensor],
     out: Optional[Tensor], total: Tensor, shares: List[float], norms: Tensor, losses: Tensor,
-    padded: List[bool], last: int, constants: List[List[Tensor]]
+    padded: List[bool], lasts: List[int], constants: List[List[Tensor]]
 ):
     given: List[Tensor] = []
     s = 0
@@ -246,8 +245,8 @@ def loop(
                 at = at + size
                 low = low + size
                 s = s + 1
-        if last >= 0:
-            results = step(last, told + carried, constants)
+        if len(lasts) > 0:
+            results = step(lasts[min(s - begun, len(lasts)) - 1], told + carried, constants)
             for j in range(len(left)):
                 left[j][row].copy_(results[j])
         for j in range(len(apart)):

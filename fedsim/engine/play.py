@@ -42,15 +42,16 @@ class Play:
         self.carried: list[tuple[tuple[str, ...], list[Tensor]]] = [((), [])]  # what each step is given by the last
         self.known: list[Kind] = []
         self._loop: Callable[..., None] | None = None
+        self.left = self.carried  # what each of the first steps leaves to the end of the round
         turns = self._turns() if step.situated else 0
-        first = self._program(self._kind(self.full, turn=0))
-        self._prove(first)
-        long = first.body.count("\n") > LONG
-        self.sizes = Sizes(self.full if step.of_batch else 1 if long else BUCKETS, turns)
-        self.finish: Program | None = None
+        for turn in range(turns + 1):
+            self._prove(turn)
+        long = self._program(self._kind(self.full)).body.count("\n") > LONG
+        self.sizes = Sizes(self.full, self.full if step.of_batch else 1 if long else BUCKETS, turns)
+        self.ends: list[Program] = []  # of a round whose last step is the first, the second, …
         self.leaves: list[tuple[str, Tensor]] = []  # names and examples of what a round ends with
         if step.finishes:
-            self.finish, self.leaves = self._finish()
+            self._finish()
 
     def _kind(self, size: int, *, padded: bool = False, turn: int = 0) -> Kind:
         return Kind(size, padded, self.pulled, tuple(sorted(self.sent)), turn)
@@ -79,50 +80,46 @@ class Play:
         while turns and texts[turns - 1] == texts[-1]:
             turns -= 1
         self.programs = {kind: program for kind, program in self.programs.items() if kind.turn <= turns}
+        self.left = self.carried[1 : TURNS + 2]
         # From `turns` on each step is given what the one before it left, whose names are the same.
         self.carried = [*self.carried[:turns], self.carried[-1]]
         return turns
 
-    def _prove(self, program: Program) -> None:
-        """Hold a recorded step against the step itself on other samples and other weights."""
-        kind = self._kind(self.full)
-        given = self.step.example(kind, self.sent, [], number=1)
+    def _prove(self, turn: int) -> None:
+        """Hold a recorded step against the step itself on other samples, weights, state and numbers."""
+        kind, (names, values) = self._kind(self.full, turn=turn), self.carried[turn]
+        given = self.step.example(kind, self.sent, values, number=1)
         again = [tensor.clone() for tensor in given]
         with torch.no_grad():
-            pairs = zip([*program(given), *given], [*self.step(again, kind), *again], strict=True)
-        if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in pairs):
-            raise ValueError("a recorded step differs from the step itself: the model depends on more than its inputs")
+            _hold([*self._program(kind)(given), *given], [*self.step(again, kind, names), *again])
 
-    def _finish(self) -> tuple[Program, list[tuple[str, Tensor]]]:
-        """Record the end of a round; return it with names and examples of what it leaves."""
-        named: list[str] = []
-        texts = []
-        program: Program | None = None
-        left: list[Tensor] = []
-        for turn in (TURNS, TURNS + 1):
-            kind = self._kind(self.full, turn=turn)
-            names, values = self.carried[-1]
+    def _finish(self) -> None:
+        """Record the ends of rounds of one step, two steps, …; what they leave must be of one form."""
+        for turn, (names, values) in enumerate(self.left):
+            kind, named = self._kind(self.full, turn=turn), []
 
             def end(given: list[Tensor], kind: Kind = kind, names: tuple[str, ...] = names) -> list[Tensor]:
                 found, results = self.step.finish(given, kind, names)
-                named[:] = found
+                named[:] = found  # noqa: B023  read before the next turn
                 return results
 
             program = record(end, self._ended(kind, values))
+            given = self._ended(kind, values, number=1)
             with torch.no_grad():
-                left = program(self._ended(kind, values))
-            texts.append((program.body, _numbers(program.constants)))
-        if texts[0] != texts[1]:
-            raise NotRecordable("what a round ends with depends on the number of its last step")
-        assert program is not None  # of two turns
-        return program, list(zip(named, left, strict=True))
+                left = program([tensor.clone() for tensor in given])
+                _hold(left, end(given))
+            leaves = list(zip(named, left, strict=True))
+            if self.leaves and [(n, v.shape) for n, v in leaves] != [(n, v.shape) for n, v in self.leaves]:
+                raise NotRecordable("what a round ends with depends on the number of its steps")
+            self.ends.append(program)
+            self.leaves = leaves
 
-    def _ended(self, kind: Kind, values: list[Tensor]) -> list[Tensor]:
+    def _ended(self, kind: Kind, values: list[Tensor], number: int = 0) -> list[Tensor]:
         """Return an example of what a round ends with: a step's list without the inputs of a step."""
         step = self.step
-        given = step.example(kind, self.sent, [])
-        count = len(given) - step.num_inputs(kind)
-        return [*given[:count], *(value.clone() for value in values)]
+        given = step.example(kind, self.sent, values, number)
+        count = len(given) - step.num_inputs(kind) - len(values)
+        return [*given[:count], *given[len(given) - len(values) :]]
 
     def room(self, block: Block) -> list[Tensor]:
         """Return where a round leaves what it ends with, (K, …) each; what is new is made room for in a block."""
@@ -143,11 +140,23 @@ class Play:
         kinds = [self._kind(size, padded=padded, turn=turn) for size, padded, turn in steps.kinds]
         new = [kind for kind in kinds if kind not in self.known]
         if new or self._loop is None:
-            self.known += new
-            programs = [self._program(kind) for kind in self.known]
-            self._loop = compiled(programs, [kind.padded for kind in self.known], self.finish)
+            known = [*self.known, *new]
+            programs = [self._program(kind) for kind in known]
+            self._loop, self.known = compiled(programs, [kind.padded for kind in known], self.ends), known
         steps.program = np.array([self.known.index(kind) for kind in kinds], dtype=np.int64)[steps.program]
         return self._loop
+
+
+def _hold(mine: list[Tensor], theirs: list[Tensor]) -> None:
+    """Hold what a program did against what the function itself did.
+
+    Raises:
+        ValueError: they differ.
+
+    """
+    pairs = zip(mine, theirs, strict=True)
+    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in pairs):
+        raise ValueError("a recorded step differs from the step itself: it depends on more than its inputs")
 
 
 def _numbers(constants: list[Tensor]) -> list[Any]:

@@ -192,6 +192,12 @@ def _without_aliases(ops: list[_Op], results: list[Any]) -> tuple[list[_Op], lis
     same: dict[int | None, _Ref] = {}
     ones: set[int | None] = set()  # where backward begins
     turned: dict[int | None, _Ref] = {}  # number of a transposed matrix → what it is the transposition of
+    base = _bases(ops)
+    written = {base.get(op.args[0].number, op.args[0].number) for op in ops if op.function._schema.is_mutable}
+    readers = Counter(number for op in ops for number in _read(op))
+
+    def still(number: int | None) -> bool:  # an alias of memory, not of a value, would be wrong
+        return base.get(number, number) not in written
 
     def root(value: Any) -> Any:
         return same.get(value.number, value) if isinstance(value, _Ref) else value
@@ -204,7 +210,8 @@ def _without_aliases(ops: list[_Op], results: list[Any]) -> tuple[list[_Op], lis
             if op.function in (aten.detach.default, aten.alias.default):
                 same[out] = first
                 continue
-            if op.function is aten.mul.Tensor and op.alike and first.number in ones and isinstance(args[1], _Ref):
+            begins = op.function is aten.mul.Tensor and op.alike and first.number in ones and readers[first.number] == 1
+            if begins and isinstance(args[1], _Ref) and all(map(still, (first.number, out, args[1].number))):
                 same[out] = args[1]
                 continue
             if op.function is aten.t.default:
@@ -222,19 +229,16 @@ def _into_place(ops: list[_Op], results: list[Any]) -> list[_Op]:
     """Let a product that is subtracted from (or added to) a tensor be accumulated there, never written by itself."""
     readers = Counter(number for op in ops for number in _read(op))
     readers.update(result.number for result in results if isinstance(result, _Ref))
-    base: dict[int | None, int] = {}  # number of a view → of what it is a view of
-    for op in ops:
-        if op.function.is_view and isinstance(op.args[0], _Ref):
-            base.update(dict.fromkeys(op.outs, base.get(op.args[0].number, op.args[0].number)))
+    base = _bases(ops)
     # What is written into may have moved on where its product with something stands now.
     moves = {base.get(op.args[0].number, op.args[0].number) for op in ops if op.function._schema.is_mutable}
     made = {op.outs[0]: op for op in ops if op.function is aten.mm.default}
     fused = []
     for op in ops:
-        if op.function in (aten.sub_.Tensor, aten.add_.Tensor) and isinstance(op.args[1], _Ref) and not op.kwargs:
+        if op.function in (aten.sub_.Tensor, aten.add_.Tensor) and isinstance(op.args[1], _Ref) and op.alike:
             product = made.get(op.args[1].number)
             alone = readers[op.args[1].number] == 1
-            if product is not None and alone and not moves & {base.get(n, n) for n in _read(product)}:
+            if product is not None and alone and not op.kwargs and not moves & {base.get(n, n) for n in _read(product)}:
                 sign = -1.0 if op.function is aten.sub_.Tensor else 1.0
                 args = (op.args[0], *product.args)
                 fused.append(op._replace(function=aten.addmm_.default, args=args, kwargs={"alpha": sign}))
@@ -248,11 +252,7 @@ def _early(ops: list[_Op]) -> list[_Op]:
 
     A gradient is then subtracted when it is known, and not kept until all of them are.
     """
-    base: dict[int | None, int] = {}  # number of a view → of what it is a view of
-    for op in ops:
-        shares = op.function.is_view or op.function._schema.is_mutable
-        if shares and op.args and isinstance(op.args[0], _Ref):
-            base.update(dict.fromkeys(op.outs, base.get(op.args[0].number, op.args[0].number)))
+    base = _bases(ops)
     early: list[_Op] = []
     for op in ops:
         place = len(early)
@@ -272,6 +272,17 @@ def _passes(before: _Op, read: set[int], written: int, base: dict[int | None, in
     touched = {base.get(n, n) for n in (*_read(before), *before.outs) if n is not None}
     made = {base.get(n, n) for n in before.outs if n is not None}
     return written not in touched and not made & read
+
+
+def _bases(ops: list[_Op]) -> dict[int | None, int]:
+    """Return, for each tensor that shares another one's memory, the first one's number."""
+    base: dict[int | None, int] = {}
+    for op in ops:
+        first = op.args[0] if op.args else None
+        shares = op.function.is_view or op.function._schema.is_mutable or op.function is aten.detach.default
+        if shares and isinstance(first, _Ref):
+            base.update(dict.fromkeys(op.outs, base.get(first.number, first.number)))
+    return base
 
 
 def _live(ops: list[_Op], results: list[Any]) -> list[_Op]:

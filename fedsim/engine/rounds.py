@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,15 @@ class Trained(NamedTuple):
     job: Job
     block: Block
     updates: Tensor  # (k, D)
+
+
+class Unforeseen(dict[str, Tensor]):
+    """Second uploads before anybody has trained: nothing can be said about them, not even that there are none."""
+
+    def _asked(self, *_: Any) -> Any:
+        raise KeyError("second uploads")
+
+    get = __getitem__ = __contains__ = __iter__ = __len__ = items = keys = values = _asked  # type: ignore[assignment]
 
 
 class Trainer:
@@ -198,10 +207,9 @@ class Trainer:
         """
         train_sum = getattr(self.engine, "train_sum", None)
         plain = apart.settled(job)
-        if train_sum is None or plain is None:
+        if train_sum is None or plain is None or hasattr(self.task.objective, "finish"):  # which may weigh its client
             return None
-        ahead = room(self.task, job, num_steps(self.task, job))
-        ahead.extras.clear()
+        ahead = room(self.task, job, num_steps(self.task, job))._replace(extras=Unforeseen())
         try:
             c = coefficients(replace(self._cohort(job, ahead, total), updates=None))  # (K,)
         except KeyError:  # they hang on what clients will send
@@ -220,6 +228,10 @@ class Trainer:
         cohort, norms = replace(self._cohort(job, block, total), updates=None), block.square_norms
         if good is None:
             return cohort, norms, c, kept
+        if bool((torch.isfinite(norms) & ~good).any()):  # what else they sent is not finite, but they are in the sum
+            total.zero_()
+            self.bad = []
+            return None
         return cohort.take(good), norms[good], c[good], kept
 
     def _blocks(self, parts: list[Job]) -> Iterator[tuple[int, Trained | None]]:

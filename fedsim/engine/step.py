@@ -13,6 +13,7 @@ from fedsim.contracts import Batch, Context
 from fedsim.engine.chunk import kept
 from fedsim.engine.optimizer import BETAS, EPS
 from fedsim.engine.precision import functional
+from fedsim.engine.record import NotRecordable
 from fedsim.engine.task import BUFFER, LOCAL, Job, Task, mean_criterion
 from fedsim.layout import Params
 from fedsim.models.dropout import KeyedDropout, dropout_key
@@ -29,6 +30,47 @@ class Kind(NamedTuple):
     pulled: bool  # whether the rule or the objective pulls shared parameters towards what was received
     sent: tuple[str, ...]  # names of what the rule sends
     turn: int  # number of the step in its round, at most `TURNS`
+
+
+class Late(int):
+    """The number of a step from `TURNS` on, of which nobody may ask more than that it is one.
+
+    A recorded step stands for all of them.
+    """
+
+    def _compared(self, other: int, early: bool) -> bool:
+        if not other < TURNS:
+            raise NotRecordable("what a step does depends on its number in the round")
+        return early
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return self._compared(other, False) if isinstance(other, int) else NotImplemented
+
+    def __ne__(self, other: object) -> bool:
+        return self._compared(other, True) if isinstance(other, int) else NotImplemented
+
+    def __gt__(self, other: int) -> bool:
+        return self._compared(other, True)
+
+    def __ge__(self, other: int) -> bool:
+        return self._compared(other - 1, True)
+
+    def __lt__(self, other: int) -> bool:
+        return self._compared(other - 1, False)
+
+    def __le__(self, other: int) -> bool:
+        return self._compared(other, False)
+
+    def _asked(self, *_: Any) -> Any:
+        raise NotRecordable("what a step does depends on its number in the round")
+
+    __hash__ = __index__ = __int__ = __float__ = __str__ = __repr__ = __format__ = _asked  # type: ignore[assignment]
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = _asked  # type: ignore[assignment]
+    __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = __divmod__ = __rdivmod__ = _asked  # type: ignore[assignment]
+    __pow__ = __rpow__ = __neg__ = __abs__ = __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = _asked  # type: ignore[assignment]
 
 
 class Step:
@@ -111,18 +153,20 @@ class Step:
         inputs += [at] if task.augment is not None else []
         inputs += [row for rows in self.corrections(0.1, 1) for row in rows]
         common = self.common(flat, 0.0, task.training.lr, sent, pulled=kind.pulled)
-        return [*params, *slots, *common, *self.mine(0), *inputs, *carried]
+        told = len(common) - len(kind.sent) if self.situated else len(common)
+        common = [*common[:told], *_moved(common[told:], number)]
+        return [*params, *slots, *common, *self.mine(number), *inputs, *_moved(carried, number)]
 
     def num_inputs(self, kind: Kind) -> int:
         """Return how many inputs of a step the list holds, between what is a client's own and the step state."""
         return 2 + kind.padded + self.drops + (self.task.augment is not None) + 2 * self.adaptive
 
-    def mine(self, row: int) -> list[Tensor]:
+    def mine(self, number: int) -> list[Tensor]:
         """Return an example of what is a client's own."""
         if not self.situated:
             return []
-        numbers = [torch.tensor(value, dtype=torch.int64) for value in (TURNS + 2, 10, 3 + row)]
-        return [*(self.task.store.first[name].clone() for name in self.state), *numbers]
+        numbers = [torch.tensor(value + number, dtype=torch.int64) for value in (TURNS + 2, 10, 3)]
+        return [*_moved([self.task.store.first[name] for name in self.state], number), *numbers]
 
     def _parse(self, given: Iterator[Tensor], kind: Kind) -> tuple[list[Tensor], list[Tensor], list[Tensor], Context]:
         """Return parameters, slots, rates and the context of a list's begin."""
@@ -138,8 +182,9 @@ class Step:
             sent = dict(zip(kind.sent, islice(given, len(kind.sent)), strict=True))
             state = dict(zip(self.state, islice(given, len(self.state)), strict=True))
             numbers = list(islice(given, 3))
+        number = kind.turn if kind.turn < TURNS else Late(kind.turn)
         context = Context(
-            received=received, broadcast=sent, client_state=state, step_state={}, step=kind.turn, num_steps=numbers[0],
+            received=received, broadcast=sent, client_state=state, step_state={}, step=number, num_steps=numbers[0],
             lr=rates[3], num_samples=numbers[1], key=numbers[2], layout=self.task.shared,  # type: ignore[arg-type]
         )  # fmt: skip
         return params, slots, rates, context
@@ -170,8 +215,8 @@ class Step:
             self.carried[kind] = ()
             return [loss]
         state = self._two_pass(params, grads, slots, received, rates, corrections, context)
-        self.carried[kind] = tuple(state)
-        return [loss, *state.values()]
+        self.carried[kind] = tuple(sorted(state))  # sorted, for the order may change from step to step
+        return [loss, *(state[name] for name in self.carried[kind])]
 
     def finish(self, tensors: list[Tensor], kind: Kind, before: tuple[str, ...]) -> tuple[list[str], list[Tensor]]:
         """End a client's round, from a list without inputs of a step; return names and values of what it leaves.
@@ -265,3 +310,8 @@ class Step:
         turned, state = self.task.objective.direction(given, now, context)
         turned, state = kept(turned, now), kept(state, now)
         return [turned[name] for name in self.names], dict(state)
+
+
+def _moved(values: list[Tensor], number: int) -> list[Tensor]:
+    """Return copies of values, other ones for another number."""
+    return [v.clone() * (1 + 0.1 * number) + 0.01 * number if v.is_floating_point() else v.clone() for v in values]

@@ -40,6 +40,7 @@ class Task:
     seed: int = 0
     augment: Callable[[Tensor, Tensor], Tensor] | None = None
     views: Mapping[str, Partition] = field(default_factory=dict)  # named subsets of each client's samples
+    told: Mapping[str, Any] = field(default_factory=dict)  # an example of what the rule sends with the model
     precision: str = "fp32"  # of the forward's products: fp32 (the dtype's own), tf32 or bf16; engine/precision.py
 
     @property
