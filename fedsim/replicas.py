@@ -153,7 +153,10 @@ def run(config: Config, observer: Observer, parts: Mapping[str, Any] | None = No
         for one in configs
     )
     words = tuple(text for text in config.hydra.overrides.task if parse(text).key != "hydra.run.dir")
-    plan = Plan(words=words, config_dir=config.hydra.runtime.config_dir, threads=config.threads, trials=trials)
+    plan = Plan(
+        words=words, config_dir=config.hydra.runtime.config_dir, threads=config.threads, trials=trials,
+        parts=tuple(sorted(parts)),
+    )  # fmt: skip
     launches = {trial.name: partial(_launch, one, parts) for trial, one in zip(trials, configs, strict=True)}
     return _drive(plan, folder, launches, observer)
 
@@ -205,8 +208,17 @@ def resume(folder: Path, overrides: Sequence[str], given_dir: Path | None, obser
         given_dir: folder of further choices, the same as at first; None: that one.
         observer: who is told.
 
+    Raises:
+        UserError: they were made of objects, or cannot be gone on with.
+        RuntimeError: some failed; all others were done.
+
     """
     plan = plans.load(folder)
+    if plan.parts:
+        raise UserError(
+            f"resume={folder}: the replicas were started from Python with objects for {', '.join(plan.parts)}; "
+            "call fedsim.simulate again"
+        )
     config_dir = plans.path(plan.config_dir)
     if given_dir is not None and (config_dir is None or config_dir.resolve() != given_dir.resolve()):
         raise UserError(f"--config-dir {given_dir}: a resumed run keeps its config, which was made with {config_dir}")
@@ -259,10 +271,16 @@ def _drive(plan: Plan, folder: Path, launches: Mapping[str, Callable[[], Launch]
         table.write_parquet(folder, list(rows.values()))
     _tell(list(rows.values()), folder, observer)
     if errors:
-        raise RuntimeError(
-            f"{len(errors)} of {len(rows)} replicas failed; again: fedsim run {quoted('resume', str(folder))}"
-        )
+        raise _failure(errors, plan, folder) from next(iter(errors.values()))
     return [results[name] for name in names]
+
+
+def _failure(errors: Mapping[str, BaseException], plan: Plan, folder: Path) -> RuntimeError:
+    """Return what says how many failed, why the first one did, and what to do."""
+    name, first = next(iter(errors.items()))
+    why = (str(first).strip().splitlines() or [""])[0] or type(first).__name__
+    again = "call fedsim.simulate again" if plan.parts else f"again: fedsim run {quoted('resume', str(folder))}"
+    return RuntimeError(f"{len(errors)} of {len(plan.trials)} replicas failed ({name}: {why}); {again}")
 
 
 def _forget(folder: Path, names: Sequence[str]) -> None:

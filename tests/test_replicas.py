@@ -411,7 +411,7 @@ def test_a_replica_that_fails_stops_no_other_and_resume_does_the_rest(boom, kern
     words = [*SMALL, "strategy=boom", "engine=vectorized", f"engine.kernels={kernels}", "replicas=3",
              "hydra.run.dir=set"]  # fmt: skip
     ear = Ear()
-    with pytest.raises(RuntimeError, match=r"^1 of 3 replicas failed; again: fedsim run resume=set$"):
+    with pytest.raises(RuntimeError, match=r"^1 of 3 replicas failed \(seed-1: .+\); again: fedsim run resume=set$"):
         replicas.run(compose(words, config_dir=boom), ear)
     states = [(row["state"], row["error"]) for row in json.loads(Path("set/sweep.json").read_text())["trials"]]
     assert [state for state, _ in states] == ["done", "failed", "done"]
@@ -490,6 +490,20 @@ def test_from_python_what_replicas_cannot_share_is_refused(here):
     assert len(fedsim.simulate(*SMALL, replicas=1, strategy=FedAvg(), folder="set")) == 1
     with pytest.raises(UserError, match="holds runs already"):
         fedsim.simulate(*SMALL, replicas=2, folder="set")
+
+
+def broken_model():
+    raise OSError("no such weights")
+
+
+def test_replicas_of_objects_that_fail_early_say_why_and_are_not_gone_on_with(here):
+    with pytest.raises(
+        RuntimeError, match=r"^2 of 2 replicas failed \(seed-0: .*no such weights.*\); call fedsim.simula"
+    ):
+        fedsim.simulate(*SMALL, replicas=2, model=broken_model, folder="set")
+    with pytest.raises(UserError, match=r"resume=set: .* objects for model; call fedsim\.simulate again"):
+        replicas.resume(Path("set"), [], None, Observer())
+    assert not any(Path("set").glob("seed-*"))
 
 
 def test_a_config_that_reads_the_seed_is_composed_for_each(here):

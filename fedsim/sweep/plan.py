@@ -39,6 +39,7 @@ class Plan:
     config_dir: str | None
     threads: int | None  # CPU threads of every trial; None: as a run alone decides
     trials: tuple[Trial, ...]
+    parts: tuple[str, ...] = ()  # groups in whose place objects from Python stood, which no file holds
 
     @property
     def keys(self) -> list[str]:
@@ -148,7 +149,8 @@ def load(folder: Path) -> Plan:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         trials = tuple(Trial(**{**trial, "overrides": tuple(trial["overrides"])}) for trial in tree["trials"])
-        return Plan(**{**tree, "words": tuple(tree["words"]), "trials": trials})
+        parts = tuple(tree.get("parts", ()))
+        return Plan(**{**tree, "words": tuple(tree["words"]), "trials": trials, "parts": parts})
     except FileNotFoundError as error:
         what = "is a run: fedsim run resume=…" if (folder / "plan.json").exists() else f"it has no {FILE}"
         raise UserError(f"{folder} is not the folder of a sweep; {what}") from error
