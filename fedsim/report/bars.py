@@ -48,7 +48,7 @@ def timeline(title: str, spans: Sequence[Span], dots: tuple[Int, Float], names: 
         boxes = [
             f"M{left:.1f} {low + _ROW * row:.1f}h{right - left:.2f}v{height:g}h{left - right:.2f}Z"
             for row, left, right in zip(
-                rows.tolist(), across(begin.clip(0, end)).tolist(), across(stop.clip(0, end)).tolist(), strict=True
+                rows.tolist(), across(begin).tolist(), across(stop.clip(max=end)).tolist(), strict=True
             )
             if right > left
         ]
