@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.engine.alike import alike_modules
 from fedsim.engine.captured import Captured
 from fedsim.engine.laid import Laid, Plan, Target, lay_out
 from fedsim.engine.task import Block, Job, Task, room
@@ -333,6 +334,8 @@ def why_apart(first: Task, other: Task) -> str | None:
     frozen = mine.keys() - {*first.shared.names, *first.local.names}
     if any(not torch.equal(mine[name], theirs[name]) for name in frozen):
         return "their frozen parameters differ"
+    if not alike_modules(first.module, other.module, [*mine, *first.buffers.names]):
+        return "their models differ in tensors or settings that are not parameters (drawn from the seed?)"
     if not _same(first.objective, other.objective) or not _same(first.augment, other.augment):
         return "their clients' objectives differ"
     kept = [field.name for field in fields(first.training) if field.name not in RATES]
