@@ -222,7 +222,8 @@ def _figure(study: Study, folder: Path, row: Mapping[str, Any]) -> float:
     lines = (folder / row["trial"] / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
     rounds = [json.loads(line) for line in lines]
     if study.target is None:
-        known = next((found for found in (row, *reversed(rounds)) if study.metric in found), {})
+        ends: list[Mapping[str, Any]] = [row, *reversed(rounds)]
+        known: Mapping[str, Any] = next((found for found in ends if study.metric in found), {})
         value = known.get(study.metric, "")
         if value is None:  # what is not finite is written as null
             return -study.sign * math.inf
