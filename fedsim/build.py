@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedsim.build_model import build_model, build_task, initial_buffers, initial_weights, num_cores, seed_of
 from fedsim.build_uplink import build_adversary, build_uplink, check_uplink
@@ -21,10 +22,12 @@ from fedsim.engine.mimic import Mimic
 from fedsim.engine.precision import refusal, set_tf32
 from fedsim.engine.processes import start_server
 from fedsim.engine.shared import share
+from fedsim.engine.task import Task
 from fedsim.errors import UserError
 from fedsim.experiment import Experiment, cohort_size
 from fedsim.flower.client import FlowerApp
 from fedsim.local import LocalTraining
+from fedsim.modes.sync import Sync
 from fedsim.plan import check_cohort, check_evaluation, planned, planned_engine
 from fedsim.rng import generator
 from fedsim.settings import Run
@@ -69,6 +72,7 @@ def build(config: Config, parts: Parts | None = None, saved: Mapping[str, Any] |
     if "mimic" in getattr(strategy, "needs", ()):
         strategy = _bound(strategy, mimic=Mimic.of(task))
     initial, buffers = initial_weights(model, names.shared), initial_buffers(model, names.buffers)
+    task = replace(task, told=_first_broadcast(strategy, task))
     cohort = cohort_size(run.fraction, int((task.partition.sizes > 0).sum()))
     # From here on the module's tensors are the engine's.
     threads = run.threads or num_cores()
@@ -89,7 +93,7 @@ def build(config: Config, parts: Parts | None = None, saved: Mapping[str, Any] |
         experiment = replace(experiment, foreign=clients)
     if uplink is not None:
         check_uplink(uplink, strategy, foreign=experiment.foreign is not None)
-    experiment = timed(experiment, config, parts)
+    experiment = _told(timed(experiment, config, parts))
     experiment = planned(experiment, plain(config), saved)
     check_cohort(experiment)
     check_evaluation(experiment)
@@ -205,6 +209,14 @@ def _bound(strategy: Any, **known: Any) -> Any:
     return strategy.bind(**wanted) if wanted else strategy
 
 
+def _told(experiment: Experiment) -> Experiment:
+    """Tell a strategy that asks what keeps clients from taking part independently of each other: its `dependence`."""
+    mode, availability = experiment.mode, experiment.clock.availability
+    why = None if availability is None else f"availability {type(availability).__name__}"
+    why = why if isinstance(mode, Sync) else f"mode {type(mode).__name__}"
+    return replace(experiment, strategy=_bound(experiment.strategy, dependence=why))
+
+
 def _client(config: Config, parts: Parts) -> tuple[Any, LocalTraining]:
     node = plain(config.client)
     mine = {name: node.pop(name) for name in TRAINING if name in node}
@@ -213,6 +225,18 @@ def _client(config: Config, parts: Parts) -> tuple[Any, LocalTraining]:
         training = instantiate({"_target_": "fedsim.local.LocalTraining", **mine}, "client")
     objective = parts.get("client") or instantiate(node, "client")
     return objective, training
+
+
+def _first_broadcast(strategy: Any, task: Task) -> Mapping[str, Any]:
+    """Return what a rule sends with the model of round 1, as clients will see it."""
+    if not hasattr(strategy, "broadcast"):
+        return {}
+    sent = strategy.broadcast(strategy.init(task.shared, int((task.partition.sizes > 0).sum())))
+    return {
+        name: value.to(task.device, task.dtype if value.is_floating_point() else value.dtype)
+        if isinstance(value, Tensor) else value
+        for name, value in sent.items()
+    }  # fmt: skip
 
 
 def _without(node: Config, *names: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
+from fedsim import simulate
 from fedsim.clients.cross_entropy import CrossEntropy
 from fedsim.contracts import Partition, Phase
 from fedsim.engine.auto import make_engine
@@ -482,3 +483,8 @@ def test_an_alias_is_of_a_value_and_not_of_memory_that_moves():
     mine, theirs = [t.clone() for t in inputs], [t.clone() for t in inputs]
     torch.testing.assert_close(program(mine), function(theirs))
     torch.testing.assert_close(mine, theirs)
+
+
+def test_a_run_knows_beforehand_what_its_rule_sends(tmp_path):
+    result = simulate("strategy=scaffold", num_rounds=2, folder=tmp_path / "run")
+    assert "captured" in str(result.summary["plan"]["engine_arguments"])
