@@ -217,6 +217,14 @@ def _told(experiment: Experiment) -> Experiment:
     return replace(experiment, strategy=_bound(experiment.strategy, dependence=why))
 
 
+def _informed(experiment: Experiment) -> Experiment:
+    """Tell a strategy that asks what keeps clients from taking part independently of each other: its `dependence`."""
+    mode, availability = experiment.mode, experiment.clock.availability
+    why = None if availability is None else f"availability {type(availability).__name__}"
+    why = why if isinstance(mode, Sync) else f"mode {type(mode).__name__}"
+    return replace(experiment, strategy=_bound(experiment.strategy, dependence=why))
+
+
 def _client(config: Config, parts: Parts) -> tuple[Any, LocalTraining]:
     node = plain(config.client)
     mine = {name: node.pop(name) for name in TRAINING if name in node}

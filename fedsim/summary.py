@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedsim.experiment import Experiment
@@ -10,7 +10,8 @@ from fedsim.loop import Loop
 from fedsim.metrics.records import RoundLog
 
 SHOWN = ("accuracy", "loss", "validation_accuracy", "client_accuracy_mean", "client_accuracy_worst",
-          "held_out_accuracy_mean", "num_rounds", "stopped", "bytes_up", "bytes_down", "seconds")  # fmt: skip
+          "held_out_accuracy_mean", "epsilon", "delta", "num_rounds", "stopped", "bytes_up", "bytes_down",
+          "seconds")  # fmt: skip
 
 
 def plan_line(plan: Mapping[str, Any]) -> str:
@@ -50,9 +51,16 @@ def summarised(experiment: Experiment, loop: Loop, *, setup: float) -> dict[str,
         **{name: value for name, value in loop.figures.known.items() if not name.startswith("recall_")},
         "best_validation": {name: best.get(name) for name in ("round", "validation_accuracy", "accuracy", "loss")},
         "simulated_seconds": rows[-1].get("simulated_seconds") if rows else None,
+        **_spent(rows),
         "bytes_up": sum(row.get("bytes_up") or 0 for row in rows),
         "bytes_down": sum(row.get("bytes_down") or 0 for row in rows),
         "num_dropped": sum(row.get("num_dropped") or 0 for row in rows),
         "seconds": {"setup": setup, **loop.seconds, "total": setup + sum(loop.seconds.values())},
         "plan": loop.plan,
     }
+
+
+def _spent(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the (ε, δ) that stands after the last round, of runs that account for privacy."""
+    last: Mapping[str, Any] = next((row for row in reversed(rows) if "epsilon" in row), {})
+    return {name: last.get(name) for name in ("epsilon", "delta") if last}

@@ -68,11 +68,33 @@ class DPFedAvg(PreAggregator):
             raise ValueError(f"DPFedAvg needs a finite noise_multiplier >= 0, got {self.noise_multiplier}")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"DPFedAvg needs 0 < fraction <= 1, got {self.fraction}; it is the run's fraction")
+        if self.accountant is not None and not self.noise_multiplier:
+            warnings.warn(
+                "noise_multiplier=0 is no privacy: epsilon is infinite, and null in what is written", stacklevel=2
+            )
         if self.sampler != POISSON and self.accountant is not None:
             warnings.warn(
                 f"epsilon holds for Poisson sampling, and clients are drawn by {self.sampler}; choose sampler=poisson",
                 stacklevel=2,
             )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What a run must bind: why clients are not drawn independently, and what the inner rule asks for."""
+        return ("dependence", *getattr(self.rule, "needs", ()))
+
+    def bind(self, *, dependence: str | None = None, **values: Any) -> DPFedAvg:
+        """Return the same around a bound rule, without a bound on ε where clients' participation is not independent."""
+        inner: Any = self.rule
+        bound = replace(self, rule=inner.bind(**values)) if values else self
+        if dependence is None or self.accountant is None:
+            return bound
+        warnings.warn(
+            f"with {dependence} clients do not take part independently of each other: there is no epsilon, and null "
+            "in its place",
+            stacklevel=2,
+        )
+        return replace(bound, accountant=_Unbounded(delta=getattr(self.accountant, "delta", None)))
 
     def init(self, layout: Layout, num_clients: int) -> State:
         """Return the inner rule's memory and N."""
@@ -87,7 +109,7 @@ class DPFedAvg(PreAggregator):
         """Refuse nothing: the inner rule sees one update of any number."""
 
     def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
-        """Return the inner rule's step (D,) on the private mean; ε after this round is a metric."""
+        """Return the inner rule's step (D,) on the private mean; ε after this round and its δ are metrics."""
         population = state["num_clients"]
         expected = max(1, math.floor(self.fraction * population + 0.5))  # qN, as the run counts it
         rows = cohort.rows
@@ -102,7 +124,18 @@ class DPFedAvg(PreAggregator):
             own["epsilon"] = self.accountant(
                 noise_multiplier=self.noise_multiplier, sampling=expected / population, num_rounds=max(1, cohort.round)
             )
+            own["delta"] = getattr(self.accountant, "delta", None)
         return delta, {**state, "rule": kept}, {**known, **own}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unbounded:
+    """The account where the assumptions of no account hold."""
+
+    delta: float | None
+
+    def __call__(self, *, noise_multiplier: float, sampling: float, num_rounds: int) -> float:
+        return math.inf
 
 
 def _alone(cohort: Cohort, update: Tensor) -> Cohort:

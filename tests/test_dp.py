@@ -13,7 +13,10 @@ from fedsim import simulate
 from fedsim.errors import UserError
 from fedsim.laws import cohort_of
 from fedsim.metrics.privacy import ORDERS, RDP
+from fedsim.report.command import report
+from fedsim.report.tables import lower_is_better
 from fedsim.strategies.dp_fedavg import DPFedAvg
+from fedsim.summary import SHOWN
 from fedsim.testing import build_rule
 
 needs_library = pytest.mark.skipif(
@@ -134,6 +137,37 @@ def test_every_row_has_epsilon_and_it_grows(tmp_path):
         assert row["epsilon"] == account(noise_multiplier=2.0, sampling=0.3, num_rounds=number)
     assert rows[0]["epsilon"] < rows[1]["epsilon"] < rows[2]["epsilon"]
     assert "Poisson" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@needs_library
+def test_the_summary_has_what_was_spent_and_a_report_knows_it(tmp_path):
+    result = simulate("strategy=dp_fedavg", "num_rounds=2", "fraction=0.3", folder=tmp_path / "run")
+    want = RDP(delta=1e-5)(noise_multiplier=1.0, sampling=0.3, num_rounds=2)
+    assert (result.summary["epsilon"], result.summary["delta"]) == (want, 1e-5)
+    assert {"epsilon", "delta"} <= set(SHOWN)
+    text, _ = report([tmp_path / "run"], format="markdown", metric="epsilon")
+    assert f"{want:.4f}" in text
+    assert lower_is_better("epsilon")
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [("mode=async", "mode Async"), ("mode=deadline", "mode Deadline"), ("availability=bernoulli", "availability Bern")],
+)
+def test_where_clients_do_not_take_part_independently_there_is_no_epsilon(tmp_path, word, named):
+    words = ("strategy=dp_fedavg", "num_rounds=2", "fraction=0.5", "devices=lognormal", word)
+    with pytest.warns(UserWarning, match=f"with {named}.* there is no epsilon") as heard:
+        result = simulate(*words, folder=tmp_path / "run")
+    assert len(heard) == 1
+    assert [row["epsilon"] for row in result.rounds] == [None, None]
+    assert (result.summary["epsilon"], result.summary["delta"]) == (None, 1e-5)
+
+
+@needs_library
+def test_no_noise_is_warned_of():
+    with pytest.warns(UserWarning, match="noise_multiplier=0 is no privacy"):
+        DPFedAvg(accountant=RDP(), noise_multiplier=0.0)
 
 
 @needs_library

@@ -16,7 +16,7 @@ from fedsim.report.statistics import LEVEL, Mean, Paired, holm, mean_of, paired
 
 BySeeds = Mapping[tuple[Any, ...], float]
 
-_LOWER = {"loss", "ece", "std", "bytes", "seconds", "dropped", "norm", "spread", "dissimilarity"}
+_LOWER = {"loss", "ece", "std", "bytes", "seconds", "dropped", "norm", "spread", "dissimilarity", "epsilon"}
 
 
 @dataclass(frozen=True)
