@@ -75,8 +75,9 @@ def build(config: Config, parts: Parts | None = None, saved: Mapping[str, Any] |
     task = replace(task, told=_first_broadcast(strategy, task))
     cohort = cohort_size(run.fraction, int((task.partition.sizes > 0).sum()))
     # From here on the module's tensors are the engine's.
-    threads = run.threads or num_cores()
-    engine, reason = planned_engine(task, plain(config.engine), cohort=cohort, threads=threads, saved=saved)
+    engine, reason = planned_engine(
+        task, plain(config.engine), cohort=cohort, threads=run.threads or num_cores(), saved=saved
+    )
     sampler = parts.get("sampler") or instantiate(_without(config.sampler, "seed"), "sampler")
     evaluation = parts.get("metrics") or instantiate(config.metrics)
     tracker = parts.get("tracker") or instantiate(config.tracker)
@@ -93,7 +94,7 @@ def build(config: Config, parts: Parts | None = None, saved: Mapping[str, Any] |
         experiment = replace(experiment, foreign=clients)
     if uplink is not None:
         check_uplink(uplink, strategy, foreign=experiment.foreign is not None)
-    experiment = _told(timed(experiment, config, parts))
+    experiment = _informed(timed(experiment, config, parts))
     experiment = planned(experiment, plain(config), saved)
     check_cohort(experiment)
     check_evaluation(experiment)
@@ -207,14 +208,6 @@ def _bound(strategy: Any, **known: Any) -> Any:
     """Give a rule the values that it asks for by name."""
     wanted = {name: known[name] for name in getattr(strategy, "needs", ()) if name in known}
     return strategy.bind(**wanted) if wanted else strategy
-
-
-def _told(experiment: Experiment) -> Experiment:
-    """Tell a strategy that asks what keeps clients from taking part independently of each other: its `dependence`."""
-    mode, availability = experiment.mode, experiment.clock.availability
-    why = None if availability is None else f"availability {type(availability).__name__}"
-    why = why if isinstance(mode, Sync) else f"mode {type(mode).__name__}"
-    return replace(experiment, strategy=_bound(experiment.strategy, dependence=why))
 
 
 def _informed(experiment: Experiment) -> Experiment:

@@ -96,7 +96,8 @@ class Play:
     def _finish(self) -> None:
         """Record the ends of rounds of one step, two steps, …; what they leave must be of one form."""
         for turn, (names, values) in enumerate(self.left):
-            kind, named = self._kind(self.full, turn=turn), []
+            kind = self._kind(self.full, turn=turn)
+            named: list[str] = []
 
             def end(given: list[Tensor], kind: Kind = kind, names: tuple[str, ...] = names) -> list[Tensor]:
                 found, results = self.step.finish(given, kind, names)

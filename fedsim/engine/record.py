@@ -49,7 +49,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
 
-class Recorder(Watch):
+class Recorder(Watch):  # type: ignore[no-untyped-call]
     """Writes down the operations that run inside, forward and backward alike, below autograd.
 
     A tensor is known by where it lies and how it is laid out, not by its Python object: what autograd saves of an

@@ -55,7 +55,7 @@ class Unforeseen(dict[str, Tensor]):
     def _asked(self, *_: Any) -> Any:
         raise KeyError("second uploads")
 
-    get = __getitem__ = __contains__ = __iter__ = __len__ = items = keys = values = _asked  # type: ignore[assignment]
+    get = __getitem__ = __contains__ = __iter__ = __len__ = items = keys = values = _asked
 
 
 class Trainer:

@@ -67,10 +67,10 @@ class Late(int):
     def _asked(self, *_: Any) -> Any:
         raise NotRecordable("what a step does depends on its number in the round")
 
-    __hash__ = __index__ = __int__ = __float__ = __str__ = __repr__ = __format__ = _asked  # type: ignore[assignment]
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = _asked  # type: ignore[assignment]
-    __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = __divmod__ = __rdivmod__ = _asked  # type: ignore[assignment]
-    __pow__ = __rpow__ = __neg__ = __abs__ = __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = _asked  # type: ignore[assignment]
+    __hash__ = __index__ = __int__ = __float__ = __str__ = __repr__ = __format__ = _asked
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = _asked
+    __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = __divmod__ = __rdivmod__ = _asked
+    __pow__ = __rpow__ = __neg__ = __abs__ = __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = _asked
 
 
 class Step:

@@ -79,7 +79,7 @@ def microseconds(engine: str, given: Shapes, chunk: int = 1) -> float:
     return float(given.steps.mean() * total / side_by_side)
 
 
-class _Counter(Watch):
+class _Counter(Watch):  # type: ignore[no-untyped-call]
     """Counts what a forward does, as torch's own kernels are called for it."""
 
     def __init__(self) -> None:
