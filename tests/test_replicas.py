@@ -27,6 +27,7 @@ from fedsim.errors import UserError
 from fedsim.layout import Layout
 from fedsim.local import LocalTraining
 from fedsim.report.runs import read
+from fedsim.simulation import relaunch
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.sweep.board import Board
 from fedsim.sweep.drive import sweep
@@ -480,6 +481,22 @@ def test_what_cannot_be_run_leaves_nothing(here, words, part):
             compose([*words, "replicas=2", "hydra.run.dir=set"] if "replicas=0" not in words else words), Ear()
         )
     assert not Path("set").exists()
+
+
+@pytest.mark.parametrize("kernels", ["captured", "fused"])
+def test_a_replica_that_goes_on_without_the_others_says_so_where_bits_may_differ(here, kernels):
+    """No bit of a recorded step hangs on who else trains; a batched program pads short batches as chunks ask for."""
+    words = [*SMALL, "engine=vectorized", f"engine.kernels={kernels}"]
+    replicas.run(compose([*words, "replicas=2", "hydra.run.dir=set"]), Observer())
+    ear = Ear()
+    own = relaunch(Path("set/seed-1"), ["num_rounds=6"]).go(ear)
+    if kernels == "fused":
+        assert ear.warnings == ["the plan's replicas was 2 and is 1: results may differ in the last bits"]
+        return
+    assert ear.warnings == []
+    assert plan_of(own.folder)["changes"] == []
+    fedsim.simulate(*LONG, *words[len(SMALL) :], seed=1, folder="alone")
+    assert differing(own.folder, here / "alone", ("model.safetensors",)) == []
 
 
 def test_from_python_what_replicas_cannot_share_is_refused(here):
