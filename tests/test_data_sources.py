@@ -361,6 +361,8 @@ def broken(**changes):
         (broken(splits={"train": np.arange(15), "test": np.array([16, 16])}), "'test' holds a sample twice"),
         (broken(splits={"train": np.arange(15), "test": np.array([20])}), "'test' has a position outside 0 … 19"),
         (broken(splits={"train": np.arange(15.0), "test": np.array([16])}), "int64 positions"),
+        (broken(splits={"train": [0.5, 1], "test": [16]}), "'train' must be .* int64 positions, got a list of others"),
+        (broken(splits={"train": [[0], [1, 2]], "test": [16]}), "'train' must be .* int64 positions"),
         (broken(x=torch.full((20, 2), torch.inf)), "sample 0 holds NaN"),
         (broken(x=torch.full((20, 2), -1)), "tokens must be ≥ 0, got -1"),
     ],
@@ -368,3 +370,13 @@ def broken(**changes):
 def test_a_data_set_that_breaks_the_contract_is_named(dataset, match):
     with pytest.raises(UserError, match=match):
         check_dataset(dataset)
+
+
+@pytest.mark.parametrize("test", [range(15, 20), [15, 16], (15,), torch.arange(15, 18)])
+def test_splits_may_be_any_sequence_of_integers(test):
+    splits = check_dataset(broken(splits={"train": range(15), "test": test})).splits
+    assert all(positions.dtype == np.int64 for positions in splits.values())
+    assert splits["train"].tolist() == list(range(15))
+    assert splits["test"].tolist() == [int(i) for i in test]
+    with pytest.raises(UserError, match="the split 'test' is empty"):
+        check_dataset(broken(splits={"train": range(15), "test": []}))

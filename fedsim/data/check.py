@@ -12,7 +12,7 @@ from fedsim.errors import UserError
 
 
 def check_dataset(dataset: Dataset) -> Dataset:
-    """Return the data set if it keeps the contract.
+    """Return the data set if it keeps the contract; its splits may be any sequences of integers, and become arrays.
 
     One pass over the inputs and no copy of them.
 
@@ -23,6 +23,8 @@ def check_dataset(dataset: Dataset) -> Dataset:
     if not isinstance(dataset, Dataset):
         raise UserError(f"data: a source must return a fedsim.contracts.Dataset, got {type(dataset).__name__}")
     _check_arrays(dataset)
+    if not all(isinstance(positions, np.ndarray) for positions in dataset.splits.values()):
+        dataset = dataset._replace(splits={name: _positions(name, given) for name, given in dataset.splits.items()})
     _check_splits(dataset)
     _check_labels(dataset)
     _check_inputs(dataset)
@@ -54,6 +56,19 @@ def _check_arrays(dataset: Dataset) -> None:
         if len(value) and (value.min() < -1 or (names is not None and value.max() >= len(names))):
             limit = "" if names is None else f" … {len(names) - 1}"
             raise UserError(f"data: {name} must be −1 (none) or 0{limit}, got {value.min()} … {value.max()}")
+
+
+def _positions(name: str, given: Any) -> Any:
+    """Return a range, a list or a tensor of positions as an array (n,) int64; an array as it is."""
+    if isinstance(given, np.ndarray):
+        return given
+    try:
+        array = np.asarray(given)
+    except ValueError:  # of ragged lists
+        array = np.empty(0, dtype=object)
+    if array.dtype.kind not in "iu" and not (array.size == 0 and array.dtype.kind == "f"):
+        raise UserError(f"data: split {name!r} must be (n,) int64 positions, got a {type(given).__name__} of others")
+    return array.astype(np.int64)
 
 
 def _check_splits(dataset: Dataset) -> None:
