@@ -266,6 +266,22 @@ def check_whole(text: str) -> Page:
     return page
 
 
+@pytest.mark.parametrize(("format", "has_caption"), [("markdown", True), ("latex", True), ("csv", False)])
+def test_a_table_says_how_many_runs_it_leaves_out(tmp_path, capsys, format, has_caption):
+    write_run(tmp_path / "a", seed=0)
+    report([tmp_path], format=format)
+    assert capsys.readouterr().err == ""
+    write_run(tmp_path / "b", seed=1, ended=False)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "plan.json").write_text("{}")  # it failed in its first round
+    rows = [{"trial": "d", "state": "failed"}, {"trial": "a", "state": "done"}]
+    (tmp_path / "sweep.json").write_text(json.dumps({"trials": rows}))
+    text, _ = report([tmp_path], format=format)
+    line = "3 of 4 runs failed or have not ended, and are left out."
+    assert (line in text) == has_caption
+    assert capsys.readouterr().err == f"note: {line}\n"
+
+
 def test_the_page_is_whole_and_the_same_each_time(sweep):
     write_run(sweep / "half", strategy="mine", alpha=0.1, seed=9, ended=False)
     text, out = report([sweep])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fedsim.errors import UserError, did_you_mean
@@ -10,7 +12,7 @@ from fedsim.files import atomic
 from fedsim.report import tables
 from fedsim.report.groups import Table, group
 from fedsim.report.html import html
-from fedsim.report.runs import Run, read
+from fedsim.report.runs import Run, num_unread, read
 from fedsim.report.tables import Comparison
 
 Writer = Callable[[Sequence[Run], Table, Comparison], str]
@@ -35,7 +37,8 @@ def report(
 ) -> tuple[str, Path | None]:
     """Report on all runs in some folders.
 
-    Runs that have not ended are left out of all but the list of runs, unless none has.
+    Runs that have not ended or failed are left out of all but the list of runs, unless none has ended; how many they
+    are is said below the table and on standard error.
 
     Args:
         folders: run folders, or folders that hold run folders, such as a sweep's.
@@ -59,6 +62,9 @@ def report(
     if not table.methods:
         raise UserError(f"{', '.join(map(str, folders))}: no run has finished a round yet")
     comparison = tables.compare(table, tables.choose_metric(table, metric), tables.choose_baseline(table, baseline))
+    comparison = replace(comparison, left_out=_left_out(runs, table, num_unread(folders)))
+    if comparison.left_out and format != "html":  # the page says it by itself
+        sys.stderr.write(f"note: {comparison.left_out}\n")
     text = FORMATS[format](runs, table, comparison)
     if out is None and format == "html":
         out = (folders[0] if len(folders) == 1 else Path()) / "report.html"
@@ -69,3 +75,12 @@ def report(
         except OSError as error:
             raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
     return text, out
+
+
+def _left_out(runs: Sequence[Run], table: Table, unread: int) -> str:
+    """Return how many runs the table leaves out, or that all of its runs go on; nothing where it has all."""
+    used = sum(len(group.runs) for group in table.all)
+    left, total = len(runs) - used + unread, len(runs) + unread
+    if left:
+        return f"{left} of {total} runs failed or have not ended, and {'is' if left == 1 else 'are'} left out."
+    return "No run has ended yet: what is shown is what they have so far." if runs[0].summary is None else ""

@@ -101,6 +101,18 @@ def read(folders: Sequence[Path]) -> list[Run]:
     return [_read(path, name) for path, name in zip(paths, names, strict=True)]
 
 
+def num_unread(folders: Sequence[Path]) -> int:
+    """Count the runs in some folders that have no round: begun ones, and trials of a sweep that never began."""
+    found: set[Path] = set()
+    for folder in folders:
+        for depth in range(_MAX_DEPTH + 1):
+            found.update(path.parent for path in folder.glob("*/" * depth + "plan.json"))
+            for path in folder.glob("*/" * depth + "sweep.json"):
+                rows = json.loads(path.read_text(encoding="utf-8"))["trials"]
+                found.update(path.parent / row["trial"] for row in rows if row["state"] != "done")
+    return len({path.resolve() for path in found if not (path / "rounds.jsonl").is_file()})
+
+
 def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
     if (folder / "config.yaml").is_file() and (folder / "rounds.jsonl").is_file():
         yield folder

@@ -36,6 +36,7 @@ class Comparison:
     metric: str
     baseline: str
     cells: Mapping[tuple[str, str], Cell]  # (method, setting)
+    left_out: str = ""  # which runs are not in it, in a sentence
 
 
 def lower_is_better(metric: str) -> bool:
@@ -176,7 +177,7 @@ def caption(comparison: Comparison, table: Table) -> str:
         text += f"; bold: the best{' and all not told apart from it' if counts[-1] > 1 else ''}"
     if any(cell.p is not None for cell in comparison.cells.values()):
         text += f"; *: differs from {comparison.baseline} (paired over seeds, Holm-adjusted p ≤ 0.05)"
-    return text + "."
+    return f"{text}. {comparison.left_out}".rstrip()
 
 
 def differs(cell: Cell) -> bool:
