@@ -94,8 +94,7 @@ def build(config: Config, parts: Parts | None = None, saved: Mapping[str, Any] |
         experiment = replace(experiment, foreign=clients)
     if uplink is not None:
         check_uplink(uplink, strategy, foreign=experiment.foreign is not None)
-    experiment = _informed(timed(experiment, config, parts))
-    experiment = planned(experiment, plain(config), saved)
+    experiment = planned(_informed(timed(experiment, config, parts)), plain(config), saved)
     check_cohort(experiment)
     check_evaluation(experiment)
     return experiment
