@@ -244,6 +244,42 @@ def test_a_block_that_ends_every_worker_is_laid_on_its_client():
     assert any("worker" in line and "clients 2, 3 train again" in line for line in engine.warnings)
 
 
+@pytest.mark.parametrize("how", ["collect", "stream"])
+def test_a_client_that_has_ended_three_workers_by_itself_is_not_trained_again_alone(how):
+    """Three deaths, of a block that holds nobody else, say whose fault it is; its next round is another matter."""
+    task, weights = make_task()
+    engine = distributed(task, 2, block=1)
+    pool = engine.pool
+    pool.most = 1000
+    pool.rng = Deadly(pool.rng, pool.pending, 3)
+    trainer = Trainer(engine, on_client_error="drop")
+    more = () if how == "collect" else (coefficients,)
+    cohort = getattr(trainer, how)(make_job(task, weights), *more)[0]
+    assert cohort.clients.tolist() == [0, 1, 2, 4, 5, 6]
+    assert trainer.failures == {3: "RuntimeError: 3 workers ended on clients 3, the last: killed"}
+    assert pool.deaths == {3: 3}
+    assert [line.partition("; ")[2] for line in engine.warnings] == ["clients 3 train again"]
+    trainer.failures.clear()
+    getattr(trainer, how)(make_job(task, weights, round=2, key=2), *more)
+    assert pool.deaths == {3: 6}
+
+
+class Deadly:
+    """Chance for `Chaos` by which one client ends every worker, and no other one does."""
+
+    def __init__(self, rng, pending, client):
+        self.rng, self.pending, self.client, self.first = rng, pending, client, None
+
+    def choice(self, workers):
+        worker = self.rng.choice(workers)
+        task = self.pending[worker]
+        self.first = None if task is None else int(task[0].clients[0])
+        return worker
+
+    def random(self):
+        return -1.0 if self.first == self.client else 1.0
+
+
 def test_pools_that_break_stop_the_run_as_they_are():
     task, weights = make_task()
     engine = distributed(task)

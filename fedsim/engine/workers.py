@@ -53,6 +53,7 @@ class Distributed:
         self._idle: list[int] = []
         self._busy: dict[int, _Order] = {}
         self._shared: tuple[Any, ...] = ()
+        self._ended: dict[tuple[int, int, int], RuntimeError] = {}  # of one client that ends workers, by `_one`
 
     def close(self) -> None:
         """End the workers."""
@@ -154,6 +155,9 @@ class Distributed:
             self.pool.publish(part)
             self._shared = shared
         order = _Order(part, place, share)
+        order.outcome = self._ended.get(_one(part)) if len(part) == 1 else None
+        if order.outcome is not None:  # it would end as many again
+            return order
         self._waiting.append(order)
         self._hand_out()
         return order
@@ -202,12 +206,22 @@ class Distributed:
             clients = _few(order.part.clients.tolist())
             again = f"; clients {clients} train again"
             if order.deaths == ATTEMPTS:
-                order.outcome = RuntimeError(
+                order.outcome = error = RuntimeError(
                     f"{ATTEMPTS} workers ended on clients {clients}, the last: {event.content}"
                 )
+                if len(order.part) == 1:
+                    kept = {one: why for one, why in self._ended.items() if one[0] == _one(order.part)[0]}
+                    self._ended = {**kept, _one(order.part): error}
             else:
                 self._waiting.appendleft(order)
+            if order.deaths > 1:  # said once a block
+                return
         self.warnings.append(f"worker {event.worker} is gone ({event.content}) and replaced{again}")
+
+
+def _one(part: Job) -> tuple[int, int, int]:
+    """Return what the row of one client hangs on in a run: the draw, the client, the version that it got."""
+    return int(np.ravel(part.key)[0]), int(part.clients[0]), int(part.received[0])
 
 
 def _few(clients: list[int]) -> str:
