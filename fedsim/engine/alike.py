@@ -90,4 +90,5 @@ def _inside(value: Any) -> Any:
         return (value.func, value.args, value.keywords)
     if isinstance(value, ref):
         return (value(),)
-    return vars(value) if type(value).__eq__ is object.__eq__ and hasattr(value, "__dict__") else None
+    kind: Any = type(value)
+    return vars(value) if kind.__eq__ is object.__eq__ and hasattr(value, "__dict__") else None
