@@ -1,6 +1,7 @@
 """Experiments: verdicts against simulated truths and hand cases, and a whole one at toy size."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from scipy import stats
 
 from fedsim.errors import UserError
 from fedsim.study import page, verdict
-from fedsim.study.drive import OTHER_SEEDS, Asked, _figure, _judge, _write, experiment
+from fedsim.study.drive import OTHER_SEEDS, Asked, _figure, _judge, _overrides, _write, experiment
 from fedsim.study.spec import Study, build, load, merged
 from fedsim.sweep.board import Board
 
@@ -183,10 +184,20 @@ def test_a_whole_experiment(toys, tmp_path):
     assert "kept" in target.read_text()
 
 
+def test_a_command_changes_no_arm_that_sets_the_same_itself():
+    study = build(load("flag", None))
+    asked = Asked("flag", study, ("num_rounds=5",), ("num_rounds=5",), None)
+    words = {name: _overrides(asked, study.cells[0], arm, ((), {}), 0) for name, arm in study.methods.items()}
+    assert "num_rounds=5" in words["mean"]
+    assert "num_rounds=2" in words["mean cut short"]  # else the positive control would have nothing to find
+    assert "num_rounds=5" not in words["mean cut short"]
+
+
 def test_rounds_to_a_target(toys, tmp_path):
     words = [f"hydra.sweep.dir={tmp_path / 'out'}", "sweep.workers=1", "experiment.seeds=3", "client.batch_size=16"]
     folder, text = experiment("rounds", words, toys, Board())
     assert "Not the experiment as written: `client.batch_size=16`, `experiment.seeds=3`" in text
+    assert re.search(r"Every run: `[^`]* client\.batch_size=16`", text)  # as they ran, not as the YAML has it
     rows = json.loads((folder / "report" / "sweep.json").read_text())["trials"]
     expected = {}
     for row in rows:

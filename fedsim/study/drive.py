@@ -22,7 +22,7 @@ from fedsim.sweep import plan as plans
 from fedsim.sweep import search, table
 from fedsim.sweep.board import Board
 from fedsim.sweep.drive import Machine, execute, threads_for
-from fedsim.sweep.grammar import read
+from fedsim.sweep.grammar import bare, read
 from fedsim.sweep.plan import Plan
 from fedsim.sweep.pool import Pool, start_server
 from fedsim.sweep.search import Point
@@ -114,11 +114,20 @@ def _claim_folder(folder: Path, asked: Asked) -> None:
 
 
 def _overrides(asked: Asked, cell: Point, arm: Arm, point: Point, seed: int) -> list[str]:
-    """Return the overrides of one run. Partition, initial model and cohorts follow from the seed in every arm."""
+    """Return the overrides of one run. Partition, initial model and cohorts follow from the seed in every arm.
+
+    What a command changes, it changes in all arms but those that set it themselves: a run cut short stays one.
+    """
+    own = {_key(text) for text in arm.set}
+    words = [text for text in asked.words if _key(text) not in own]
     seeds = [f"seed={seed}"]
     if arm.reseed:
         seeds = [f"seed={seed + OTHER_SEEDS}", *(f"{name}={seed}" for name in _KEPT)]
-    return merged(asked.study.base, cell[0], arm.set, point[0], asked.words, seeds)
+    return merged(asked.study.base, cell[0], arm.set, point[0], words, seeds)
+
+
+def _key(text: str) -> str:
+    return bare(text.split("=", 1)[0])
 
 
 def _plan(asked: Asked, listed: Sequence[tuple[Point, str, Point, int]], threads: int | None) -> Plan:

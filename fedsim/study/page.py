@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedsim.study.spec import Claim, Study
+from fedsim.study.spec import Claim, Study, merged
 from fedsim.study.verdict import Effect, overall
 
 
@@ -45,6 +45,7 @@ def section(
     name: str, study: Study, found: Findings, chosen: Sequence[Mapping[str, Any]], changed: Sequence[str]
 ) -> str:
     """Return the Markdown of an experiment."""
+    ran = merged(study.base, [word for word in changed if not word.startswith("experiment.")])
     unit = study.metric if study.target is None else f"{study.along} until {study.metric} reaches {study.target:g}"
     lines = [f"## `{name}`", ""]
     if changed:
@@ -53,7 +54,7 @@ def section(
         f"Compared: {unit}; {'less' if study.sign < 0 else 'more'} is better, {study.smallest:g} matters. "
         f"{study.seeds} seeds an arm, paired by partition, initial model and cohorts. "
         + (f"Rates: {_budget(study)}. " if study.tuned else "Nothing is tuned. ")
-        + f"Command: `fedsim experiment {' '.join([name, *changed])}`. Every run: `{' '.join(study.base)}`.",
+        + f"Command: `fedsim experiment {' '.join([name, *changed])}`. Every run: `{' '.join(ran)}`.",
         "",
         "| claim | cell | difference, 95 % | p (Holm) | p (equal) | detectable | verdict |",
         "|---|---|---|---|---|---|---|",
