@@ -67,7 +67,7 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Conf
         config = _compose(overrides, config_dir)
         OmegaConf.resolve(config)
     except _FAULTS as error:
-        raise UserError(_diagnose(given, known, config_dir, error)) from error
+        raise UserError(_diagnose(given, known, config_dir, error)) from None
     _check_names(config, known)
     _check_shadowed(config, config_dir)
     settings(config)
@@ -90,7 +90,8 @@ def parse(text: str) -> Given:
         raise UserError(misfit.grammar(text))
     if isinstance(parsed.value(), Sweep):
         hint = f"; a list is written {text.replace('=', '=[', 1)}]" if given.parsed.is_choice_sweep() else ""
-        raise UserError(f"{text}: a run takes one value of {given.key}{hint}")
+        several = "" if given.key.split(".")[0] in ("sweep", "tune", "experiment") else "; `fedsim sweep` takes several"
+        raise UserError(f"{text}: a run takes one value of {given.key}{several}{hint}")
     return given
 
 

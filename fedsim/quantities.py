@@ -73,6 +73,15 @@ def show(name: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def counted(number: int, word: str) -> str:
+    """Return a number with its word, of which there may be one or several.
+
+    >>> counted(1, "trial"), counted(2, "trial")
+    ('1 trial', '2 trials')
+    """
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """Return a duration in words.
 

@@ -296,4 +296,5 @@ def _tell(rows: list[table.Row], folder: Path, observer: Observer) -> None:
     means = table.means(rows, ["seed"], table.SHOWN)
     if said := what_intervals_are(means):
         observer.note(said)
-    observer.finish({name: cell(name, value) for name, value in means[0].items() if value} | {"folder": str(folder)})
+    named = {"replicas" if name == "trials" else name: cell(name, value) for name, value in means[0].items() if value}
+    observer.finish(named | {"folder": str(folder)})

@@ -54,7 +54,9 @@ def load(folder: Path) -> Config:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a run folder: it has no config.yaml") from error
+        is_sweep = (folder / "trials.json").exists()
+        what = f"it is a sweep's: fedsim sweep resume={folder}" if is_sweep else "it has no config.yaml"
+        raise UserError(f"{folder} is not a run folder: {what}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     try:

@@ -8,6 +8,7 @@ from typing import Any
 from fedsim.experiment import Experiment
 from fedsim.loop import Loop
 from fedsim.metrics.records import RoundLog
+from fedsim.quantities import counted
 
 SHOWN = ("accuracy", "loss", "validation_accuracy", "client_accuracy_mean", "client_accuracy_worst",
           "held_out_accuracy_mean", "epsilon", "delta", "num_rounds", "stopped", "bytes_up", "bytes_down",
@@ -17,7 +18,7 @@ SHOWN = ("accuracy", "loss", "validation_accuracy", "client_accuracy_mean", "cli
 def plan_line(plan: Mapping[str, Any]) -> str:
     """Return what decides the bits of a run, and its rhythms, in one line."""
     numbers = plan["dtype"] if plan["precision"] == "fp32" else f"{plan['dtype']} with {plan['precision']} products"
-    workers = f", {plan['workers']} workers" if "workers" in plan else ""
+    workers = f", {counted(plan['workers'], 'worker')}" if "workers" in plan else ""
     return (
         f"engine {plan['engine']}{workers} ({plan['why']}) on {plan['device']}, {numbers}, {plan['threads']} threads, "
         f"{plan['parameters']:,} parameters, {plan['cohort']} of {plan['clients']} clients a round, "

@@ -317,7 +317,7 @@ def test_replicas_write_the_bytes_of_runs_alone(here):
     half = 4.302653 * np.std(accuracies, ddof=1) / np.sqrt(3)
     assert ear.rows[-1]["accuracy_half"] == pytest.approx(half, rel=1e-5)
     assert [row["round"] for row in ear.rows] == [1, 2, 3, 4]
-    assert ear.finished["trials"] == "3"
+    assert ear.finished["replicas"] == "3"
     assert ear.finished["folder"] == "set"
     assert len(read([here / "set"])) == 3  # what a report reads
     table = json.loads(Path("set/sweep.json").read_text())["trials"]

@@ -7,8 +7,12 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from fedsim.config import compose, parse
 from fedsim.errors import UserError
+from fedsim.report.runs import read as read_runs
+from fedsim.saved import load
 from fedsim.sweep import board, drive, grammar, plan, table
+from fedsim.sweep.board import opening
 from fedsim.sweep.drive import Machine
 from fedsim.sweep.pool import Event
 
@@ -316,3 +320,23 @@ def test_the_live_table_shows_what_runs():
     said = stream.getvalue()
     assert "2-c  failed: no [memory]" in said
     assert "warning: 1-b: careful [now]" in said
+
+
+def test_a_person_is_sent_to_the_command_that_does_it(tmp_path):
+    with pytest.raises(
+        UserError, match=r"strategy=fedavg,fedld: a run takes one value of strategy; `fedsim sweep` takes"
+    ):
+        parse("strategy=fedavg,fedld")
+    with pytest.raises(UserError) as caught:
+        compose(["lr=0.1"])
+    assert caught.value.__suppress_context__  # no traceback of Hydra's above the line
+    (tmp_path / plan.FILE).write_text("{}")
+    with pytest.raises(UserError, match=r"it is a sweep's: fedsim sweep resume="):
+        load(tmp_path)
+    with pytest.raises(UserError, match=r"holds no runs.*; it is a sweep's or replicas': go on with them by resume="):
+        read_runs([tmp_path])
+
+
+def test_one_is_not_several():
+    assert opening(1, 0, 1) == "1 trial, 1 at a time"
+    assert opening(2, 1, 2) == "2 trials, 1 done already, 2 at a time"

@@ -274,6 +274,7 @@ def test_bytes_are_those_of_the_traffic(tmp_path):
         (["devices=intertwined", "devices.target_class=10"], "devices.target_class must be below the data's 10"),
         (["devices.dropout=1"], "devices.dropout must be in"),
         (["devices=trace", "devices.path=none.csv"], "none.csv: no such file"),
+        (["devices=trace"], r"devices\.path is needed"),
         (["mode=async", "mode.buffer=2", "strategy=krum", "strategy.num_byzantine=1"], "needs"),
     ],
 )

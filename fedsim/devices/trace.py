@@ -23,21 +23,24 @@ class Trace:
     are handed out in turn: client k gets row k modulo their number, so a short trace serves many clients.
 
     Args:
-        path: of the file.
+        path: of the file; None is refused.
 
     Raises:
-        UserError: no such file, a column that is missing, or a value that is none.
+        UserError: no file or no such file, a column that is missing, or a value that is none.
 
     """
 
-    path: Path
+    path: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.path is None:
+            raise UserError("devices.path is needed: the CSV file of the machines, e.g. devices.path=my/machines.csv")
         if not self.path.is_file():
             raise UserError(f"devices.path={self.path}: no such file")
 
     def __call__(self, population: Population, seed: int) -> Fleet:
         """Return the fleet (P,)."""
+        assert self.path is not None  # refused when built
         with open(self.path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             names = tuple(name.strip() for name in reader.fieldnames or ())

@@ -94,7 +94,9 @@ def read(folders: Sequence[Path]) -> list[Run]:
         inside = list(_run_folders(folder, _MAX_DEPTH)) if folder.is_dir() else []
         if not inside:
             what = "holds no runs: no config.yaml with rounds.jsonl" if folder.is_dir() else "no such folder"
-            raise UserError(f"{folder}: {what}")
+            begun = folder / "trials.json"
+            hint = "; it is a sweep's or replicas': go on with them by resume=" if begun.is_file() else ""
+            raise UserError(f"{folder}: {what}{hint}{folder if hint else ''}")
         found.update(dict.fromkeys(path.resolve() for path in inside))
     paths = sorted(found, key=lambda path: [(not part.isdigit(), part.rjust(12, "0")) for part in path.parts])
     names = _short([path.parts for path in paths])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from fedsim.console import discard
-from fedsim.quantities import duration, interval, label, remaining, score, show
+from fedsim.quantities import counted, duration, interval, label, remaining, score, show
 from fedsim.sweep.pool import Event
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def open_board(stream: TextIO | None = None) -> Lines | LiveTable:
 def opening(total: int, done: int, at_once: int) -> str:
     """Say what is about to run."""
     already = f", {done} done already" if done else ""
-    return f"{total} trials{already}, {at_once} at a time"
+    return f"{counted(total, 'trial')}{already}, {at_once} at a time"
 
 
 def results(means: Sequence[Row]) -> list[tuple[str, ...]]:

@@ -16,6 +16,7 @@ from fedsim.construct import construct
 from fedsim.errors import UserError
 from fedsim.folder import locked
 from fedsim.misfit import quoted
+from fedsim.quantities import counted
 from fedsim.sweep import plan as plans
 from fedsim.sweep import table
 from fedsim.sweep.board import Board
@@ -118,7 +119,7 @@ def sweep(given: Sequence[str], config_dir: Path | None, board: Board) -> Path:
     failed = sum(row["state"] != "done" for row in rows)
     if failed:
         raise RuntimeError(
-            f"{failed} of {len(rows)} trials failed; again: fedsim sweep {quoted('resume', str(folder))}"
+            f"{failed} of {counted(len(rows), 'trial')} failed; again: fedsim sweep {quoted('resume', str(folder))}"
         )
     return folder
 
