@@ -14,7 +14,7 @@ from fedsim.contracts import Cohort, Partition
 from fedsim.dispatch import Dispatcher
 from fedsim.engine.evaluate import own_parts, predict
 from fedsim.engine.rounds import Trainer
-from fedsim.engine.task import BUFFER, LOCAL, Job
+from fedsim.engine.task import BUFFER, LOCAL, Job, placed
 from fedsim.layout import Layout
 from fedsim.local import Int64
 from fedsim.metrics.classification import segment_means
@@ -65,7 +65,7 @@ class EngineBackend:
         # Rows of their own versions get negative ids: no version of the server's has one.
         received = np.full(len(clients), round - 1) if same else -1 - np.arange(len(clients))
         sent = {name.replace("-", "_"): value for name, value in config.items() if isinstance(value, int | float)}
-        sent.update({name: self._placed(value) for name, value in broadcast.items()})
+        sent.update(placed(self.task, broadcast))
         versions = {int(v): models if same else models[k] for k, v in enumerate(received.tolist())}
         job = Job(
             clients=clients,
@@ -112,7 +112,7 @@ class EngineBackend:
         old = sorted(set(arrivals.received.tolist()) - {newest})
         if not old:
             return job
-        sent = {v: {n: self._placed(x) for n, x in held.broadcasts[v].items()} for v in old}
+        sent = {v: placed(self.task, held.broadcasts[v]) for v in old}
         rates = {newest: job.lr, **{v: self._rate(v + 1, sent[v]) for v in old}}
         starts = {v: self.sent(held.models[v], sent[v], newest - v) if self.sent else held.models[v] for v in old}
         return replace(
@@ -123,12 +123,6 @@ class EngineBackend:
             key=arrivals.received + 1,
             rates=rates if len(set(rates.values())) > 1 else None,
         )
-
-    def _placed(self, value: Any) -> Any:
-        """Bring a tensor to the run's device and dtype: a rule's first state knows neither."""
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(self.task.device, self.task.dtype if value.is_floating_point() else value.dtype)
 
     def evaluate(self, round: int, clients: Int64, models: Tensor) -> Mapping[str, np.ndarray[Any, np.dtype[Any]]]:
         """Return what Flower's strategies average: samples, loss and accuracy on each client's test samples."""

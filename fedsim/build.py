@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedsim.build_model import build_model, build_task, initial_buffers, initial_weights, num_cores, seed_of
 from fedsim.build_uplink import build_adversary, build_uplink, check_uplink
@@ -22,7 +21,7 @@ from fedsim.engine.mimic import Mimic
 from fedsim.engine.precision import refusal, set_tf32
 from fedsim.engine.processes import start_server
 from fedsim.engine.shared import share
-from fedsim.engine.task import Task
+from fedsim.engine.task import Task, placed
 from fedsim.errors import UserError
 from fedsim.experiment import Experiment, cohort_size
 from fedsim.flower.client import FlowerApp
@@ -231,12 +230,7 @@ def _first_broadcast(strategy: Any, task: Task) -> Mapping[str, Any]:
     """Return what a rule sends with the model of round 1, as clients will see it."""
     if not hasattr(strategy, "broadcast"):
         return {}
-    sent = strategy.broadcast(strategy.init(task.shared, int((task.partition.sizes > 0).sum())))
-    return {
-        name: value.to(task.device, task.dtype if value.is_floating_point() else value.dtype)
-        if isinstance(value, Tensor) else value
-        for name, value in sent.items()
-    }  # fmt: skip
+    return placed(task, strategy.broadcast(strategy.init(task.shared, int((task.partition.sizes > 0).sum()))))
 
 
 def _without(node: Config, *names: str) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from fedsim.engine.record import Program
 from fedsim.engine.task import Job, Task, row_keys
 from fedsim.local import Int64, Schedule
 from fedsim.metrics.classification import segment_sums
-from fedsim.models.dropout import KeyedDropout
 from fedsim.rng import fold_in
 
 BUCKETS = 8  # sizes of a batch that have a program; a batch of another size is padded to the next
@@ -49,6 +48,7 @@ class Sizes(NamedTuple):
     full: int  # samples of a full batch
     buckets: int  # sizes of a batch
     turns: int  # steps at the begin of a round
+    drops: bool  # whether steps have a key of dropout
 
 
 class Steps:
@@ -92,9 +92,7 @@ class Steps:
         self.versions = _places(job.received[rows])
         none = torch.empty(0, dtype=torch.int64)
         keys = row_keys(task, job)[torch.from_numpy(rows)]  # (R,)
-        drops = hasattr(task.objective, "loss")  # which may hold a dropout too
-        drops = drops or any(isinstance(module, KeyedDropout) for module in task.module.modules())
-        self.keys = fold_in(fold_in(keys[row], 0), torch.from_numpy(number)) if drops else none  # (S,)
+        self.keys = fold_in(fold_in(keys[row], 0), torch.from_numpy(number)) if layout.drops else none  # (S,)
         augments = task.augment is not None
         self.sample_keys = fold_in(fold_in(keys[row[step]], 1), torch.from_numpy(stream)) if augments else none  # (M,)
 

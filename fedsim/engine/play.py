@@ -47,7 +47,8 @@ class Play:
         for turn in range(turns + 1):
             self._prove(turn)
         long = self._program(self._kind(self.full)).body.count("\n") > LONG
-        self.sizes = Sizes(self.full, self.full if step.of_batch else 1 if long else BUCKETS, turns)
+        buckets = self.full if step.of_batch else 1 if long else BUCKETS
+        self.sizes = Sizes(self.full, buckets, turns, step.drops)
         self.ends: list[Program] = []  # of a round whose last step is the first, the second, …
         self.leaves: list[tuple[str, Tensor]] = []  # names and examples of what a round ends with
         if step.finishes:

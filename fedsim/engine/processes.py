@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsim import children
 from fedsim.engine.parcel import Parcel, Spec, from_bytes, pack, specify, to_bytes, view
 from fedsim.engine.pool import Event, Place, Rooms, WorkersLost, refused
 from fedsim.engine.shared import Memory, memory_of
@@ -20,7 +20,6 @@ from fedsim.engine.task import Block, Job
 from fedsim.engine.worker import Setup, Told
 
 _PRELOADED = "fedsim.engine.worker"
-_GRACE = 5.0  # seconds in which a worker without work ends by itself
 _STARTS = 3  # times that a worker may end before it is ready
 SMALL = 1 << 10  # bytes a row of what is sent through the pipe; more goes through shared memory
 
@@ -50,12 +49,7 @@ class _Worker:
 
     def end(self) -> None:
         self.pipe.close()
-        if self.busy or not self.ready:
-            self.process.kill()
-        self.process.join(_GRACE)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        children.end(self.process, at_once=self.busy or not self.ready)
 
 
 def _serve(pipe: connection.Connection, environ: Mapping[str, str], folder: str) -> None:
@@ -136,7 +130,7 @@ class Processes:
         self._workers = []
 
     def _start(self, number: int) -> _Worker:
-        worker = _Worker(_context(), self._devices[number])
+        worker = _Worker(children.context(_PRELOADED), self._devices[number])
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._send(worker, "task", self._text, self._arrays, self._setup, worker.device)
         return worker
@@ -164,10 +158,10 @@ class Processes:
 
     def _buried(self, number: int, worker: _Worker) -> Event:
         worker.pipe.close()
-        worker.process.join(_GRACE)
+        worker.process.join(children.GRACE)
         worker.process.kill()
         worker.process.join()
-        why = _epitaph(worker.process.exitcode)
+        why = children.epitaph(worker.process.exitcode)
         if not worker.ready:
             self._starts[number] += 1
             if self._starts[number] == _STARTS:
@@ -226,22 +220,4 @@ class Processes:
 
 def start_server() -> None:
     """Begin to load what workers need, beside what this process does meanwhile."""
-    if _context().get_start_method() == "forkserver":
-        from multiprocessing import forkserver
-
-        forkserver.ensure_running()
-
-
-def _context() -> Any:
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([_PRELOADED])
-    return context
-
-
-def _epitaph(code: int | None) -> str:
-    if code is None or code >= 0:
-        return f"its process ended with exit code {code}"
-    hint = "; was memory short?" if code == -9 else ""
-    return f"its process was killed by signal {-code}{hint}"
+    children.start_server(_PRELOADED)

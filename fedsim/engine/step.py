@@ -104,6 +104,7 @@ class Step:
         self.plain = not (self.adaptive or self.training.momentum or self.training.clip_norm is not None or self.turns)
         self.num_slots = 2 if self.adaptive else 1 if self.training.momentum else 0
         self.mean = mean_criterion(task.objective)
+        # A loss of its own may hold a dropout too.
         self.drops = self.of_batch or any(isinstance(module, KeyedDropout) for module in self.module.modules())
         self.carried: dict[Kind, tuple[str, ...]] = {}  # names of the step state that a kind of step leaves
 

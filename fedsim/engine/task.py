@@ -193,3 +193,12 @@ def mean_criterion(objective: Any) -> Any:
         if "criterion" in vars(kind):
             return None
     return getattr(objective, "mean_criterion", None)  # of what it wraps
+
+
+def placed(task: Task, sent: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a rule sends, tensors at the run's device and dtype: a rule's first state knows neither."""
+    return {
+        name: value.to(task.device, task.dtype if value.is_floating_point() else value.dtype)
+        if isinstance(value, Tensor) else value
+        for name, value in sent.items()
+    }  # fmt: skip

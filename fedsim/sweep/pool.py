@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple, Self
 
+from fedsim import children
+
 PICTURES = ".pictures"  # in the folder of the sweep while it runs: partitions that were drawn already
 _PRELOADED = "fedsim.sweep.worker"
-_GRACE = 5.0  # seconds in which a worker without work ends by itself
 
 
 class Job(NamedTuple):
@@ -55,12 +55,7 @@ class _Worker:
 
     def end(self) -> None:
         self.pipe.close()
-        if self.jobs:  # its checkpoints are whole whenever it is killed
-            self.process.kill()
-        self.process.join(_GRACE)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        children.end(self.process, at_once=bool(self.jobs))  # its checkpoints are whole whenever it is killed
 
 
 def _serve(pipe: connection.Connection, environ: Mapping[str, str], folder: str) -> None:
@@ -79,7 +74,7 @@ class Pool:
 
     def __init__(self, devices: Sequence[str | None]) -> None:
         self._devices = list(devices)
-        self._context, self._workers = _context(), list[_Worker]()
+        self._context, self._workers = children.context(_PRELOADED), list[_Worker]()
 
     def __enter__(self) -> Self:
         return self
@@ -131,7 +126,7 @@ class Pool:
         except (EOFError, ConnectionResetError):
             worker.process.join()
             for name in worker.jobs:
-                told(Event("failed", name, {"error": _epitaph(worker.process.exitcode), "seconds": None}))
+                told(Event("failed", name, {"error": children.epitaph(worker.process.exitcode), "seconds": None}))
             worker.pipe.close()
             return _Worker(self._context, worker.device)
         if event.kind in ("done", "failed"):
@@ -142,23 +137,4 @@ class Pool:
 
 def start_server() -> None:
     """Begin to load what the workers need, beside what this process does meanwhile."""
-    context = _context()
-    if context.get_start_method() == "forkserver":
-        from multiprocessing import forkserver
-
-        forkserver.ensure_running()
-
-
-def _context() -> Any:
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([_PRELOADED])
-    return context
-
-
-def _epitaph(code: int | None) -> str:
-    if code is None or code >= 0:
-        return f"its process ended with exit code {code}"
-    hint = "; was memory short?" if code == -9 else ""
-    return f"its process was killed by signal {-code}{hint}"
+    children.start_server(_PRELOADED)

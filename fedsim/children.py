@@ -1,0 +1,43 @@
+"""Processes of one's own: how they are made, ended and spoken of."""
+
+from __future__ import annotations
+
+import multiprocessing
+from typing import Any
+
+GRACE = 5.0  # seconds in which a process without work ends by itself
+
+
+def context(preloaded: str) -> Any:
+    """Return what makes processes: forked from a server that has loaded a module, or spawned where there is none."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload([preloaded])
+    return made
+
+
+def start_server(preloaded: str) -> None:
+    """Begin to load what processes need, beside what this one does meanwhile."""
+    if context(preloaded).get_start_method() == "forkserver":
+        from multiprocessing import forkserver
+
+        forkserver.ensure_running()
+
+
+def end(process: Any, *, at_once: bool) -> None:
+    """End a process: at once, or when it does not end by itself."""
+    if at_once:
+        process.kill()
+    process.join(GRACE)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+def epitaph(code: int | None) -> str:
+    """Say how a process ended, from its exit code."""
+    if code is None or code >= 0:
+        return f"its process ended with exit code {code}"
+    hint = "; was memory short?" if code == -9 else ""
+    return f"its process was killed by signal {-code}{hint}"
