@@ -8,8 +8,9 @@ Axis names, everywhere: K clients of a cohort, D shared parameters, B samples of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -105,13 +106,19 @@ class Rule(Protocol):
         ...
 
 
-class Sums(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Sums:
     """What is left of the rows of a streamed cohort, beside their mean."""
 
     cohort: Cohort  # without updates; only rows that arrived and were finite
     coefficients: Tensor  # (K,) c_k, un-normalised
-    square_norms: Tensor  # (K,) ‖Δ_k‖²
+    norms: Tensor | Callable[[], Tensor]  # what `square_norms` returns, or how: another read of a matrix
     extras: Mapping[str, Tensor]  # name → mean over rows, for the names in `reduced_extras`
+
+    @cached_property
+    def square_norms(self) -> Tensor:
+        """(K,) ‖Δ_k‖²."""
+        return self.norms if isinstance(self.norms, Tensor) else self.norms()
 
 
 class Streamed(NamedTuple):
@@ -146,13 +153,34 @@ class LinearRule:
         """Apply the rule to a cohort, whether it holds its rows or was streamed."""
         if cohort.streamed is not None:
             return self.finish(*cohort.streamed, state)
-        updates = cohort.rows
-        coefficients = self.coefficients(cohort, state).to(updates.dtype)  # (K,)
-        mean = combine(coefficients, updates) / coefficients.sum()  # (D,)
-        kept = {name: value for name, value in cohort.extras.items() if name not in self.reduced_extras}
-        reduced = {name: cohort.extras[name].mean(0) for name in self.reduced_extras if name in cohort.extras}
-        sums = Sums(replace(cohort, updates=None, extras=kept), coefficients, row_square_norms(updates), reduced)
-        return self.finish(mean, sums, state)
+        streamed = summed(cohort, self, state).streamed
+        assert streamed is not None
+        return self.finish(*streamed, state)
+
+
+def summed(cohort: Cohort, rule: LinearRule, state: State, factors: Tensor | None = None) -> Cohort:
+    """Return a cohort that holds its rows as a linear rule is given one that was streamed.
+
+    Args:
+        cohort: with its rows.
+        rule: whose coefficients c_k the rows are summed with.
+        state: the rule's.
+        factors: (K,) f_k that make Δ_k f_k Δ_k; None: 1.
+
+    """
+    updates = cohort.rows
+    c = rule.coefficients(cohort, state).to(updates.dtype)  # (K,)
+    f = None if factors is None else factors.to(c)  # (K,)
+    mean = combine(c if f is None else c * f, updates) / c.sum()  # (D,)
+    reduced = {name: cohort.extras[name].mean(0) for name in rule.reduced_extras if name in cohort.extras}
+    kept = {name: value for name, value in cohort.extras.items() if name not in rule.reduced_extras}
+    light = replace(cohort, updates=None, extras=kept)
+
+    def norms() -> Tensor:
+        squares = square_norms(updates)  # (K,)
+        return squares if f is None else squares * f.to(squares).square()
+
+    return replace(light, streamed=Streamed(mean, Sums(light, c, norms, reduced)))
 
 
 def row_square_norms(updates: Tensor) -> Tensor:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from fedsim.contracts import Cohort, Metrics
 from fedsim.linalg import row_norms
-from fedsim.strategies.preaggregation import PreAggregator, clip_factors, scaled
+from fedsim.strategies.preaggregation import Scaling, clip_factors
 
 
 @dataclass(frozen=True, kw_only=True)
-class ARC(PreAggregator):
+class ARC(Scaling):
     """A rule on updates clipped by their own norms.
 
     Args:
@@ -33,9 +35,9 @@ class ARC(PreAggregator):
         if self.num_byzantine < 0:
             raise ValueError(f"ARC needs num_byzantine >= 0, got {self.num_byzantine}; 0 clips nobody")
 
-    def mix(self, cohort: Cohort) -> tuple[Cohort, Metrics]:
-        """Return the clipped cohort; the bound is a metric."""
+    def factors(self, cohort: Cohort) -> tuple[Tensor, Metrics]:
+        """Return min(1, C / ‖Δ_k‖) (K,); the bound is a metric."""
         norms, count = row_norms(cohort.rows), len(cohort)  # (K,)
         f = min(self.num_byzantine, count // 2)  # where rows were dropped and K is too small
         bound = norms.sort(descending=True).values[2 * f * (count - f) // count]
-        return scaled(cohort, clip_factors(norms, bound)), {"clipping_bound": bound}
+        return clip_factors(norms, bound), {"clipping_bound": bound}

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
-from fedsim.linalg import beside, map_columns, mean_of
-from fedsim.strategies.staleness import since_received, version
+from fedsim.linalg import beside, combine, proportions
+from fedsim.strategies.staleness import moved, version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +47,15 @@ class AsynTiers:
     def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
         """Return the step (D,) to the mean of the tiers' models; the number of tiers is a metric."""
         zero = beside(cohort.rows).new_zeros(cohort.layout.size)  # (D,)
-        newest = version(cohort, cohort.round - 1) if cohort.models else zero
-        # (K, D) each client's model less the server's
-        towards = map_columns(cohort.rows, lambda block, at: block - since_received(cohort, block, at))
+        newest = version(cohort, cohort.round - 1, zero) if cohort.models else zero
         tier_of = [bisect_left(self.bounds, age) for age in cohort.staleness.tolist()]
         models = {name: model.to(newest) for name, model in state["models"].items()}
         counts = dict(state["counts"])
         for tier in sorted(set(tier_of)):
             mine = cohort.weights.new_tensor([own == tier for own in tier_of])  # (K,)
-            models[str(tier)] = newest + mean_of(mine * cohort.weights, towards)  # (D,)
+            p = proportions(mine * cohort.weights)  # (K,) zero outside the tier
+            towards, since = combine(p, cohort.rows), moved(cohort, p, zero)  # (D,) the tier's model less the server's
+            models[str(tier)] = newest + (towards if since is None else towards - since)
             counts[str(tier)] = counts.get(str(tier), 0) + 1
         known = sorted(models, key=int)
         total = sum(counts.values())

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from fedsim.contracts import Cohort, Metrics
 from fedsim.linalg import row_norms
-from fedsim.strategies.preaggregation import PreAggregator, clip_factors, scaled
+from fedsim.strategies.preaggregation import Scaling, clip_factors
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clip(PreAggregator):
+class Clip(Scaling):
     """A rule on updates of bounded length.
 
     Args:
@@ -32,7 +34,7 @@ class Clip(PreAggregator):
         if not self.max_norm > 0:
             raise ValueError(f"Clip needs max_norm > 0, got {self.max_norm}")
 
-    def mix(self, cohort: Cohort) -> tuple[Cohort, Metrics]:
-        """Return the clipped cohort; the share of clients clipped is a metric."""
+    def factors(self, cohort: Cohort) -> tuple[Tensor, Metrics]:
+        """Return min(1, C / ‖Δ_k‖) (K,); the share of clients clipped is a metric."""
         factors = clip_factors(row_norms(cohort.rows), self.max_norm)  # (K,)
-        return scaled(cohort, factors), {"pre_clipped_fraction": (factors < 1).double().mean()}
+        return factors, {"pre_clipped_fraction": (factors < 1).double().mean()}

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedsim.contracts import Cohort, Metrics, State
-from fedsim.layout import Layout
-from fedsim.linalg import combine, map_columns, proportions
-from fedsim.strategies.staleness import check_discount, discount, since_received
+from fedsim.contracts import Cohort, LinearRule, Metrics, State, Sums
+from fedsim.strategies.staleness import check_discount, discount, moved
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAsync:
+class FedAsync(LinearRule):
     """FedAsync with its three discounts.
 
     Args:
@@ -48,14 +46,14 @@ class FedAsync:
             raise ValueError(f"FedAsync needs 0 < alpha <= 1, got {self.alpha}; 1 takes the clients' models themselves")
         check_discount(self.discount, self.a, self.b)
 
-    def init(self, layout: Layout, num_clients: int) -> State:
-        """Return no memory."""
-        return {}
+    def coefficients(self, cohort: Cohort, state: State) -> Tensor:
+        """Return n_k s(τ_k) (K,)."""
+        return cohort.weights.double() * discount(self.discount, cohort.staleness, self.a, self.b)
 
-    def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
+    def finish(self, mean: Tensor, sums: Sums, state: State) -> tuple[Tensor, State, Metrics]:
         """Return the step (D,); the mean mixing weight is a metric."""
-        mixing = self.alpha * discount(self.discount, cohort.staleness, self.a, self.b)  # (K,)
-        share = proportions(cohort.weights).to(mixing.device)  # (K,)
-        # (K, D) each client's model less the server's
-        towards = map_columns(cohort.rows, lambda block, at: block - since_received(cohort, block, at))
-        return combine(share * mixing, towards), state, {"mixing_weight": (share * mixing).sum()}
+        cohort, n = sums.cohort, sums.cohort.weights.double().sum()
+        mixing = self.alpha * sums.coefficients.double() / n  # (K,) p_k α s(τ_k)
+        delta = mixing.sum().to(mean) * mean  # (D,)
+        since = moved(cohort, mixing, mean)
+        return delta if since is None else delta - since, state, {"mixing_weight": mixing.sum()}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsim.contracts import Cohort, Metrics, Rule, State
+from fedsim.contracts import Cohort, LinearRule, Metrics, Rule, State, summed
 from fedsim.layout import Layout
 from fedsim.linalg import beside, full_precision, map_columns
 from fedsim.strategies.fedavg import FedAvg
@@ -50,9 +50,34 @@ class PreAggregator:
         return delta, state, {**metrics, **own}
 
 
-def scaled(cohort: Cohort, factor: Tensor) -> Cohort:
-    """Return the cohort with row k times factor k (K,)."""
-    return replace(cohort, updates=map_columns(cohort.rows, lambda block, _: block * factor.to(block)[:, None]))
+@dataclass(frozen=True, kw_only=True)
+class Scaling(PreAggregator):
+    """A rule on updates that are made shorter or longer, by the factors that `factors` gives.
+
+    Around a rule that needs the weighted mean alone no scaled update is ever written: Σ c_k f_k Δ_k is one product.
+
+    Args:
+        rule: the inner rule.
+
+    """
+
+    def factors(self, cohort: Cohort) -> tuple[Tensor, Metrics]:
+        """Return f_k (K,) in float64, and metrics."""
+        raise NotImplementedError
+
+    def mix(self, cohort: Cohort) -> tuple[Cohort, Metrics]:
+        """Return the cohort with row k times factor k, and the factors' metrics."""
+        factors, own = self.factors(cohort)
+        scaled = map_columns(cohort.rows, lambda block, _: block * factors.to(block)[:, None])  # (K, D)
+        return replace(cohort, updates=scaled), own
+
+    def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
+        """Return the inner rule's step (D,) on the scaled updates."""
+        if not isinstance(self.rule, LinearRule) or getattr(self.rule, "needs_rows", False):
+            return super().__call__(cohort, state)
+        factors, own = self.factors(cohort)
+        delta, state, metrics = self.rule(summed(cohort, self.rule, state, factors), state)
+        return delta, state, {**metrics, **own}
 
 
 def mixed(cohort: Cohort, matrix: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from fedsim.contracts import Cohort, Metrics
-from fedsim.strategies.preaggregation import PreAggregator, scaled
+from fedsim.strategies.preaggregation import Scaling
 
 
 @dataclass(frozen=True, kw_only=True)
-class StaleWeighted(PreAggregator):
+class StaleWeighted(Scaling):
     """A rule on updates that shrink with their staleness.
 
     Args:
@@ -32,7 +34,7 @@ class StaleWeighted(PreAggregator):
         if not self.half_life > 0:
             raise ValueError(f"StaleWeighted needs half_life > 0 rounds, got {self.half_life}")
 
-    def mix(self, cohort: Cohort) -> tuple[Cohort, Metrics]:
-        """Return the cohort with shorter stale updates; the mean factor is a metric."""
+    def factors(self, cohort: Cohort) -> tuple[Tensor, Metrics]:
+        """Return 2^{−τ_k / h} (K,); their mean is a metric."""
         factors = 2.0 ** (-cohort.staleness.double() / self.half_life)  # (K,)
-        return scaled(cohort, factors), {"staleness_discount": factors.mean()}
+        return factors, {"staleness_discount": factors.mean()}

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fedsim.contracts import Cohort
-from fedsim.linalg import beside
 
 DISCOUNTS = ("constant", "hinge", "polynomial")
 
@@ -54,18 +53,44 @@ def since_received(cohort: Cohort, block: Tensor, columns: slice) -> Tensor:
         ValueError: a version that a client received is not there.
 
     """
-    moved = torch.zeros_like(block)  # (K, d)
+    since = torch.zeros_like(block)  # (K, d)
     stale = torch.nonzero(cohort.staleness > 0).flatten().tolist()
     if not stale:
-        return moved
-    newest = version(cohort, cohort.round - 1)  # (D,)
+        return since
+    newest = version(cohort, cohort.round - 1, block)  # (D,)
     for row in stale:
-        moved[row] = newest[columns] - version(cohort, int(cohort.received[row]))[columns]
-    return moved
+        since[row] = newest[columns] - version(cohort, int(cohort.received[row]), block)[columns]
+    return since
 
 
-def version(cohort: Cohort, number: int) -> Tensor:
-    """Return the model (D,) of a version."""
+def moved(cohort: Cohort, coefficients: Tensor, like: Tensor) -> Tensor | None:
+    """Return Σ_k c_k (w − w_received,k) (D,): one subtraction a version; None where nobody is stale.
+
+    Args:
+        cohort: with the versions received.
+        coefficients: (K,) c_k.
+        like: for dtype and device.
+
+    Raises:
+        ValueError: a version that a client received is not there.
+
+    """
+    share: dict[int, float] = {}  # of each older version
+    for received, age, c in zip(
+        cohort.received.tolist(), cohort.staleness.tolist(), coefficients.tolist(), strict=True
+    ):
+        if age > 0:
+            share[received] = share.get(received, 0.0) + c
+    if not share:
+        return None
+    total = sum(share.values()) * version(cohort, cohort.round - 1, like)  # (D,)
+    for number, c in share.items():
+        total.sub_(version(cohort, number, like), alpha=c)
+    return total
+
+
+def version(cohort: Cohort, number: int, like: Tensor) -> Tensor:
+    """Return the model (D,) of a version, in a tensor's dtype and on its device."""
     if number not in cohort.models:
         raise ValueError(f"version {number} of the model is not in the cohort; it has {sorted(cohort.models)}")
-    return cohort.models[number].to(beside(cohort.rows))
+    return cohort.models[number].to(like)

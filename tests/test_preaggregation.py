@@ -13,10 +13,12 @@ from fedsim.strategies.arc import ARC
 from fedsim.strategies.bucketing import Bucketing
 from fedsim.strategies.clip import Clip
 from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategies.fedexp import FedExP
 from fedsim.strategies.krum import Krum
 from fedsim.strategies.median import Median
 from fedsim.strategies.nnm import NNM
 from fedsim.strategies.norm_clipping import NormClipping
+from fedsim.strategies.stale_weighted import StaleWeighted
 from fedsim.strategies.trimmed_mean import TrimmedMean
 from fedsim.testing import apply_rule, build_rule
 
@@ -208,3 +210,24 @@ def test_an_inner_rule_is_chosen_by_name(tmp_path):
     assert result.summary["plan"]["rows"] == "held: NNM"
     with pytest.raises(UserError, match="K > 2f"):
         simulate("strategy=nnm", "strategy.num_byzantine=5", num_rounds=1, folder=tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "inner", [FedAvg(), FedExP(), NormClipping(max_norm=2.0)], ids=lambda rule: type(rule).__name__
+)
+@pytest.mark.parametrize(
+    "outer", [Clip, lambda rule: ARC(rule=rule, num_byzantine=2), StaleWeighted], ids=["clip", "arc", "stale_weighted"]
+)
+def test_a_scaled_mean_is_the_mean_of_scaled_rows(outer, inner):
+    """Around a linear rule no scaled row is written; the step, and what is said of the norms, is the same."""
+    rows = np.random.default_rng(4).normal(size=(6, 5)) * np.array([[0.1], [1], [2], [9], [0.4], [3]])
+    cohort = cohort_of(rows, [3.0, 1.0, 2.0, 5.0, 1.0, 1.0], staleness=torch.tensor([0, 3, 0, 20, 7, 0]))
+    rule = outer(rule=inner)
+    state = rule.init(cohort.layout, 6)
+    delta, _, metrics = rule(cohort, state)
+    written, own = rule.mix(cohort)
+    want, _, inside = inner(written, state)
+    torch.testing.assert_close(delta, want, rtol=1e-13, atol=1e-14)
+    assert metrics.keys() == {**inside, **own}.keys()
+    for name, value in {**inside, **own}.items():
+        torch.testing.assert_close(torch.as_tensor(metrics[name]), torch.as_tensor(value), rtol=1e-13, atol=1e-14)

@@ -116,6 +116,14 @@ def test_square_distances_survive_a_common_offset(dtype, offset):
     torch.testing.assert_close(square_distances(rows), want, rtol=1e-4, atol=1e-9)
 
 
+def test_distances_are_symmetric_to_the_bit_where_the_gram_matrix_is_not(monkeypatch):
+    inner = torch.as_tensor(cohort(3, 6, 6))
+    inner = inner @ inner.T
+    monkeypatch.setattr(linalg, "gram", lambda updates: inner + torch.triu(1e-15 * inner, 1))
+    distances = square_distances(torch.zeros(6, 1, dtype=torch.float64))
+    assert torch.equal(distances, distances.T)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("f", [0, 1, 2])
 def test_krum_scores_and_choice_against_loops(seed, f):
