@@ -29,7 +29,7 @@ class Options:
     Args:
         threads: CPU threads of every side.
         rounds: timed rounds of every side; None: 9 and, where they are slow, no fewer than 7 with `peers` and 3
-            without, so that everything takes two minutes.
+            without, so that no id takes two minutes.
         peers: folder of the other frameworks' environments (`benchmarks/peers/make.sh`); None leaves them out.
         large: the sizes that need minutes and gigabytes too.
 

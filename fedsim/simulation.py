@@ -20,6 +20,7 @@ from fedsim.console import Observer
 from fedsim.contracts import Dataset, Partition
 from fedsim.data.splits import save_partition
 from fedsim.drawn import counts, names
+from fedsim.engine.precision import emulated
 from fedsim.engine.rounds import AllUpdatesBad, BadUpdate
 from fedsim.errors import ClientError, UserError
 from fedsim.experiment import Experiment
@@ -225,6 +226,8 @@ def _rounds(
         if loop.round >= experiment.settings.num_rounds:
             observer.note(f"the run has its {loop.round} rounds already")
     observer.plan(plan_line(experiment.plan))
+    if slow := emulated(experiment.task.precision, experiment.task.device):
+        observer.warn(slow)
     setup = time.perf_counter() - started
     try:
         loop.run()

@@ -218,6 +218,15 @@ def test_devices(device, kind, allowed):
     assert (precision.refusal(kind, torch.device(device), torch.float32) is None) == allowed
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_who_computes_in_software_is_told_once(native, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    assert precision.emulated("fp32", torch.device("cpu")) is None
+    assert main(["run", *TINY, f"hydra.run.dir={tmp_path / 'run'}"]) == 0
+    told = "warning: this CPU computes precision=bf16 in software, several times slower than precision=fp32\n"
+    assert capsys.readouterr().err.count(told) == (not native)
+
+
 @pytest.mark.parametrize("kind", precision.PRECISIONS)
 def test_tf32_is_a_switch_of_cuda(kind):
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32

@@ -37,6 +37,22 @@ def refusal(precision: str, device: torch.device, dtype: torch.dtype) -> str | N
     return None
 
 
+def emulated(precision: str, device: torch.device) -> str | None:
+    """Say of what has no instructions for a precision, and computes it in software, what that costs; None of others."""
+    if precision != "bf16":
+        return None
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = not hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") or bool(
+            torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+    if native:
+        return None
+    name = "GPU" if device.type == "cuda" else "CPU"
+    return f"this {name} computes precision=bf16 in software, several times slower than precision=fp32"
+
+
 def set_tf32(precision: str) -> None:
     """Switch CUDA's products of float32 between their own precision and TF32."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
