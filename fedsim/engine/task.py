@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -48,8 +49,8 @@ class Task:
         """Where everything lives."""
         return self.x.device
 
-    @property
-    def dtype(self) -> torch.dtype:
+    @cached_property
+    def dtype(self) -> torch.dtype:  # asked for at every turn, and a module looks for its parameters in all submodules
         """The run's floating-point type."""
         return next(self.module.parameters()).dtype
 
