@@ -57,6 +57,7 @@ class Captured:
             self._play(task.told if self.step.situated else {}, pulled=False)
         self._threads = threads or torch.get_num_threads()
         self._lanes: SimpleQueue[Lane] = SimpleQueue()
+        self._spare: list[Tensor] = []  # sums of blocks that were added up
         self.step.start = []  # the module's own tensors, which become a lane's
         for lane in range(self._threads):
             self._lanes.put(Lane(task, self.step.names, self.step.apart, self.step.num_slots, bound=lane == 0))
@@ -126,9 +127,9 @@ class Captured:
             losses = torch.zeros(len(work.length), dtype=task.dtype)  # (S,)
             total = None
             if summed:  # the sum of one block alone needs no room of its own
-                total = sums[number] = summed[1] if len(parts) == 1 else torch.zeros_like(summed[1])
+                total = sums[number] = summed[1] if len(parts) == 1 else self._zeros(summed[1])
             try:
-                with torch.no_grad(), _as_written():
+                with torch.inference_mode(), _as_written():  # which spares each operation a look at autograd
                     loop(
                         *work[:6], starts, common, corrections, step.x, task.y, *work[6:10],
                         lane.flat, lane.params, lane.slots, lane.apart, lane.apart_views, lane.local, kept, own, left,
@@ -148,11 +149,20 @@ class Captured:
                     part, sums[number] = sums[number], None
                     if summed and part is not None and part is not summed[1]:
                         summed[1].add_(part)
+                        self._spare.append(part)
             finally:
+                del self._spare[self._threads :]
                 wait(waiting)  # all of them, failed or not: nobody may still write when rows are trained again
             return block
 
         return end
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        """Return zeros for a block's sum, where possible in memory that is mapped already."""
+        try:
+            return self._spare.pop().zero_()
+        except IndexError:
+            return torch.zeros_like(like)
 
     def _versions(self, job: Job) -> tuple[Play, list[Tensor], list[list[Tensor]]]:
         """Return the programs of a job, and of each version its weights and what its clients share."""

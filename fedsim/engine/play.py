@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.engine.late import TURNS
 from fedsim.engine.native import BUCKETS, Sizes, Steps, compiled
 from fedsim.engine.record import NotRecordable, Program, record
-from fedsim.engine.step import TURNS, Kind, Step
+from fedsim.engine.step import Kind, Step
 from fedsim.engine.task import Block
 
 LONG = 1000  # operations of a step from which on one costs little more with a few samples than with many

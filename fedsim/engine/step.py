@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 from fedsim.contracts import Batch, Context
 from fedsim.engine.chunk import kept
+from fedsim.engine.late import TURNS, Late
 from fedsim.engine.optimizer import BETAS, EPS
 from fedsim.engine.precision import functional
-from fedsim.engine.record import NotRecordable
 from fedsim.engine.task import BUFFER, LOCAL, Job, Task, mean_criterion
 from fedsim.layout import Params
 from fedsim.models.dropout import KeyedDropout, dropout_key
 
 ALIKE = torch.contiguous_format
-TURNS = 4  # steps of a round that may each be of their own kind; from the next on all are of one
 
 
 class Kind(NamedTuple):
@@ -30,47 +29,6 @@ class Kind(NamedTuple):
     pulled: bool  # whether the rule or the objective pulls shared parameters towards what was received
     sent: tuple[str, ...]  # names of what the rule sends
     turn: int  # number of the step in its round, at most `TURNS`
-
-
-class Late(int):
-    """The number of a step from `TURNS` on, of which nobody may ask more than that it is one.
-
-    A recorded step stands for all of them.
-    """
-
-    def _compared(self, other: int, early: bool) -> bool:
-        if not other < TURNS:
-            raise NotRecordable("what a step does depends on its number in the round")
-        return early
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __eq__(self, other: object) -> bool:
-        return self._compared(other, False) if isinstance(other, int) else NotImplemented
-
-    def __ne__(self, other: object) -> bool:
-        return self._compared(other, True) if isinstance(other, int) else NotImplemented
-
-    def __gt__(self, other: int) -> bool:
-        return self._compared(other, True)
-
-    def __ge__(self, other: int) -> bool:
-        return self._compared(other - 1, True)
-
-    def __lt__(self, other: int) -> bool:
-        return self._compared(other - 1, False)
-
-    def __le__(self, other: int) -> bool:
-        return self._compared(other, False)
-
-    def _asked(self, *_: Any) -> Any:
-        raise NotRecordable("what a step does depends on its number in the round")
-
-    __hash__ = __index__ = __int__ = __float__ = __str__ = __repr__ = __format__ = _asked
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = _asked
-    __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = __divmod__ = __rdivmod__ = _asked
-    __pow__ = __rpow__ = __neg__ = __abs__ = __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = _asked
 
 
 class Step:

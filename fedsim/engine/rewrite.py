@@ -1,0 +1,111 @@
+"""Rewriting of recorded operations: fewer of them, sooner, in place, with the same values."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from fedsim.engine.operations import Op, Ref, aten, bases, each, read
+
+
+def without_aliases(ops: list[Op], results: list[Any]) -> tuple[list[Op], list[Any]]:
+    """Leave out what returns its argument: `detach`, a factor 1, and the transposition of a transposition.
+
+    Returns:
+        What is left, and the results then.
+
+    """
+    same: dict[int | None, Ref] = {}
+    ones: set[int | None] = set()  # where backward begins
+    turned: dict[int | None, Ref] = {}  # number of a transposed matrix → what it is the transposition of
+    base = bases(ops)
+    written = {base.get(op.args[0].number, op.args[0].number) for op in ops if op.function._schema.is_mutable}
+    readers = Counter(number for op in ops for number in read(op))
+
+    def still(number: int | None) -> bool:  # an alias of memory, not of a value, would be wrong
+        return base.get(number, number) not in written
+
+    def root(value: Any) -> Any:
+        return same.get(value.number, value) if isinstance(value, Ref) else value
+
+    kept = []
+    for op in ops:
+        args, kwargs = each(root, op.args), each(root, op.kwargs)
+        first, out = args[0] if args else None, op.outs[0] if op.outs else None
+        if isinstance(first, Ref):
+            if op.function in (aten.detach.default, aten.alias.default):
+                same[out] = first
+                continue
+            begins = op.function is aten.mul.Tensor and op.alike and first.number in ones and readers[first.number] == 1
+            if begins and isinstance(args[1], Ref) and all(map(still, (first.number, out, args[1].number))):
+                same[out] = args[1]
+                continue
+            if op.function is aten.t.default:
+                if first.number in turned:
+                    same[out] = turned[first.number]
+                    continue
+                turned[out] = first
+            if op.function is aten.ones_like.default:
+                ones.add(out)
+        kept.append(op._replace(args=args, kwargs=kwargs))
+    return kept, [root(result) for result in results]
+
+
+def into_place(ops: list[Op], results: list[Any]) -> list[Op]:
+    """Let a product that is subtracted from (or added to) a tensor be accumulated there, never written by itself."""
+    readers = Counter(number for op in ops for number in read(op))
+    readers.update(result.number for result in results if isinstance(result, Ref))
+    base = bases(ops)
+    # What is written into may have moved on where its product with something stands now.
+    moves = {base.get(op.args[0].number, op.args[0].number) for op in ops if op.function._schema.is_mutable}
+    made = {op.outs[0]: op for op in ops if op.function is aten.mm.default}
+    fused = []
+    for op in ops:
+        if op.function in (aten.sub_.Tensor, aten.add_.Tensor) and isinstance(op.args[1], Ref) and op.alike:
+            product = made.get(op.args[1].number)
+            alone = readers[op.args[1].number] == 1
+            if product is not None and alone and not op.kwargs and not moves & {base.get(n, n) for n in read(product)}:
+                sign = -1.0 if op.function is aten.sub_.Tensor else 1.0
+                args = (op.args[0], *product.args)
+                fused.append(op._replace(function=aten.addmm_.default, args=args, kwargs={"alpha": sign}))
+                continue
+        fused.append(op)
+    return fused
+
+
+def early(ops: list[Op]) -> list[Op]:
+    """Let what writes into a tensor do so as soon as nobody before it needs the tensor as it was.
+
+    A gradient is then subtracted when it is known, and not kept until all of them are.
+    """
+    base = bases(ops)
+    moved: list[Op] = []
+    for op in ops:
+        place = len(moved)
+        if op.function._schema.is_mutable:
+            needed = {base.get(number, number) for number in read(op)}
+            written = base.get(op.args[0].number, op.args[0].number) if isinstance(op.args[0], Ref) else None
+            while place and written is not None and _passes(moved[place - 1], needed, written, base):
+                place -= 1
+        moved.insert(place, op)
+    return moved
+
+
+def _passes(before: Op, needed: set[int], written: int, base: dict[int | None, int]) -> bool:
+    """Say whether what reads and writes these tensors may go before an operation instead of after it."""
+    if before.function._schema.is_mutable and {base.get(n, n) for n in read(before)[:1]} & needed:
+        return False
+    touched = {base.get(n, n) for n in (*read(before), *before.outs) if n is not None}
+    made = {base.get(n, n) for n in before.outs if n is not None}
+    return written not in touched and not made & needed
+
+
+def live(ops: list[Op], results: list[Any]) -> list[Op]:
+    """Leave out what nobody reads."""
+    wanted: set[int | None] = {result.number for result in results if isinstance(result, Ref)}
+    kept = []
+    for op in reversed(ops):
+        if op.function._schema.is_mutable or wanted.intersection(op.outs):
+            kept.append(op)
+            wanted.update(read(op))
+    return kept[::-1]
