@@ -121,11 +121,11 @@ class Captured:
         step.start = []
         sums: list[Tensor | None] = [None] * len(parts)
         ends = np.cumsum([0, *map(len, parts)])
+        losses = torch.zeros(int(steps.first[-1]), dtype=task.dtype)  # (S,)
 
         def run(number: int) -> None:
-            lane, work = self._lanes.get(), steps.part(int(ends[number]), int(ends[number + 1]))
-            losses = torch.zeros(len(work.length), dtype=task.dtype)  # (S,)
-            total = None
+            low, high = int(ends[number]), int(ends[number + 1])
+            lane, work, total = self._lanes.get(), steps.part(low, high), None
             if summed:  # the sum of one block alone needs no room of its own
                 total = sums[number] = summed[1] if len(parts) == 1 else self._zeros(summed[1])
             try:
@@ -134,9 +134,8 @@ class Captured:
                         *work[:6], starts, common, corrections, step.x, task.y, *work[6:10],
                         lane.flat, lane.params, lane.slots, lane.apart, lane.apart_views, lane.local, kept, own, left,
                         out, losses if total is None else total, summed[0] if summed else [0.0], block.square_norms,
-                        losses,
+                        losses[steps.first[low] : steps.first[high]],
                     )  # fmt: skip
-                block.extras["train_loss"][torch.from_numpy(parts[number])] = work.mean(losses).to(task.dtype)
             finally:
                 self._lanes.put(lane)
 
@@ -153,6 +152,7 @@ class Captured:
             finally:
                 del self._spare[self._threads :]
                 wait(waiting)  # all of them, failed or not: nobody may still write when rows are trained again
+            block.extras["train_loss"][torch.from_numpy(steps.rows)] = steps.mean(losses).to(task.dtype)
             return block
 
         return end

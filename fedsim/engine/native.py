@@ -33,13 +33,6 @@ class Work(NamedTuple):
     weights: Tensor  # (M,) 1/b, and 0 for repeats
     keys: Tensor  # (S,) of dropout; empty where there is none
     sample_keys: Tensor  # (M,) of augmentation; empty where there is none
-    sizes: Tensor  # (S,) samples of a step that count, float64
-
-    def mean(self, losses: Tensor) -> Tensor:
-        """Return each row's mean loss over its samples (R,) from the steps' (S,)."""
-        offsets = torch.tensor([self.first[gather] for gather in self.gathers])
-        weighed = segment_sums(losses.double() * self.sizes, offsets)  # (R,)
-        return weighed / segment_sums(self.sizes, offsets).clamp(min=1)
 
 
 class Sizes(NamedTuple):
@@ -48,6 +41,7 @@ class Sizes(NamedTuple):
     full: int  # samples of a full batch
     buckets: int  # sizes of a batch
     turns: int  # steps at the begin of a round
+    gathered: int  # samples gathered at once
     drops: bool  # whether steps have a key of dropout
 
 
@@ -85,8 +79,7 @@ class Steps:
         kinds, program = np.unique(codes, axis=1, return_inverse=True)
         self.program = program.reshape(-1)  # (S,)
         self.kinds = [(int(size), bool(padded), int(turn)) for size, padded, turn in kinds.T]  # as in `Kind`
-        most = max(1, GATHERED // max(1, task.x[0].numel()))  # samples gathered at once
-        turn = (self.begin[:-1] - self.begin[self.first[row]]) // most  # (S,)
+        turn = (self.begin[:-1] - self.begin[self.first[row]]) // layout.gathered  # (S,)
         new = np.flatnonzero(np.diff(row, prepend=-1) | np.diff(turn, prepend=-1))  # (G,) first step of each gather
         self.gathers, self.gather_first = np.searchsorted(new, self.first), np.append(new, len(row))
         self.versions = _places(job.received[rows])
@@ -112,8 +105,13 @@ class Steps:
             weights=self.weights[samples],
             keys=self.keys[steps],
             sample_keys=self.sample_keys[samples],
-            sizes=torch.from_numpy(self.length[steps].astype(np.float64)),
         )
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """Return each row's mean loss over its samples (R,) from the steps' (S,)."""
+        offsets, sizes = torch.from_numpy(self.first), torch.from_numpy(self.length.astype(np.float64))
+        weighed = segment_sums(losses.double() * sizes, offsets)  # (R,)
+        return weighed / segment_sums(sizes, offsets).clamp(min=1)
 
 
 def _places(versions: Int64) -> Int64:
@@ -169,24 +167,28 @@ def compiled(programs: Sequence[Program], padded: Sequence[bool], ends: Sequence
 
     """
     every = [*programs, *ends]
-    texts = [_function(k, program) for k, program in enumerate(every)]
-    chosen = "\n".join(
-        f"    if which == {k}:\n        return step_{k}(inputs, constants)" for k in range(1, len(every))
-    )
-    choice = f"""
-def step(which: int, inputs: List[Tensor], constants: List[List[Tensor]]) -> List[Tensor]:
-{chosen}
-    return step_0(inputs, constants)
-"""
-    unit = torch.jit.CompilationUnit("\n".join([*texts, choice, LOOP]))
+    texts = [
+        _choice("begin", [program.begin for program in every]),
+        _choice("step", [program.body for program in every]),
+    ]
+    unit = torch.jit.CompilationUnit("\n".join([*texts, LOOP]))
     constants = [list(program.constants) for program in every]
     lasts = list(range(len(programs), len(every)))
-    return lambda *given: unit.loop(*given, list(padded), lasts, constants)
+    deferral = programs[0].deferral
+    late = -1 if deferral is None else deferral.weight
+    return lambda *given: unit.loop(*given, list(padded), lasts, late, constants)
 
 
-def _function(number: int, program: Program) -> str:
-    head = f"def step_{number}(inputs: List[Tensor], all: List[List[Tensor]]) -> List[Tensor]:\n"
-    return head + textwrap.indent(f"constants = all[{number}]\n{program.body}\n", "    ")
+def _choice(name: str, bodies: Sequence[str]) -> str:
+    """Return a function that runs the body of a number."""
+    given = "inputs: List[Tensor], ahead: List[Tensor], all: List[List[Tensor]]"
+    each = [
+        f"def {name}_{k}({given}) -> List[Tensor]:\n" + textwrap.indent(f"constants = all[{k}]\n{body}\n", "    ")
+        for k, body in enumerate(bodies)
+    ]
+    chosen = [f"    if which == {k}:\n        return {name}_{k}(inputs, ahead, all)" for k in range(1, len(bodies))]
+    head = f"def {name}(which: int, {given}) -> List[Tensor]:"
+    return "\n".join([*each, head, *chosen, f"    return {name}_0(inputs, ahead, all)"])
 
 
 LOOP = """
@@ -197,11 +199,23 @@ def loop(
     flat: Tensor, params: List[Tensor], slots: List[Tensor], apart: List[Tensor], apart_views: List[Tensor],
     local: List[Tensor], kept: List[Tensor], own: List[Tensor], left: List[Tensor],
     out: Optional[Tensor], total: Tensor, shares: List[float], norms: Tensor, losses: Tensor,
-    padded: List[bool], lasts: List[int], constants: List[List[Tensor]]
+    padded: List[bool], lasts: List[int], late: int, constants: List[List[Tensor]]
 ):
     given: List[Tensor] = []
     s = 0
     low = 0
+    most = 0  # samples gathered at once
+    for k in range(len(first) - 1):
+        count = 0
+        for j in range(first[k], first[k + 1]):
+            count = count + length[j]
+        most = max(most, count)
+    gathered, labels = x.index_select(0, samples[:most]), y.index_select(0, samples[:most])
+    products, pending, gram = gathered, gathered, gathered
+    if late >= 0:
+        products = flat.new_empty([most, params[late].size(0)])
+        pending = torch.empty_like(products)
+        gram = flat.new_empty([most * most])
     for i in range(len(rows)):
         row = rows[i]
         start = starts[versions[i]]
@@ -217,15 +231,21 @@ def loop(
         for j in range(len(own)):
             told.append(own[j][row])
         carried: List[Tensor] = []
+        aheads: Dict[int, List[Tensor]] = {}
         begun = s
         for k in range(gathers[i], gathers[i + 1]):
             high = low
-            for t in range(first[k], first[k + 1]):
-                high = high + length[t]
-            chosen = samples[low:high]
-            xs = x.index_select(0, chosen)
-            ys = y.index_select(0, chosen)
+            for j in range(first[k], first[k + 1]):
+                high = high + length[j]
+            count = high - low
+            xs = torch.index_select(x, 0, samples[low:high], out=gathered.narrow(0, 0, count))
+            ys = torch.index_select(y, 0, samples[low:high], out=labels.narrow(0, 0, count))
             at = 0
+            matrix, met = xs, xs
+            if late >= 0:
+                matrix = xs.flatten(1)
+                torch.mm(matrix, params[late].t(), out=products.narrow(0, 0, count))
+                met = torch.mm(matrix, matrix.t(), out=gram.narrow(0, 0, count * count).view([count, count]))
             while s < first[k + 1]:
                 size = length[s]
                 inputs = told + [xs.narrow(0, at, size), ys.narrow(0, at, size)]
@@ -237,14 +257,27 @@ def loop(
                     inputs.append(sample_keys.narrow(0, low, size))
                 if len(corrections) > 0:
                     inputs = inputs + corrections[s - begun]
-                results = step(program[s], inputs + carried, constants)
+                inputs = inputs + carried
+                which = program[s]
+                if which not in aheads:
+                    aheads[which] = begin(which, inputs, [], constants)
+                if late >= 0:
+                    product = products.narrow(0, at, size)
+                    if at > 0:
+                        product.addmm_(met.narrow(0, at, size).narrow(1, 0, at), pending.narrow(0, 0, at), alpha=-1)
+                    inputs.append(product)
+                results = step(which, inputs, aheads[which], constants)
+                if late >= 0:
+                    pending.narrow(0, at, size).copy_(results.pop())
                 given.append(results[0])
                 carried = results[1:]
                 at = at + size
                 low = low + size
                 s = s + 1
+            if late >= 0:
+                params[late].addmm_(pending.narrow(0, 0, count).t(), matrix, alpha=-1)
         if len(lasts) > 0:
-            results = step(lasts[min(s - begun, len(lasts)) - 1], told + carried, constants)
+            results = step(lasts[min(s - begun, len(lasts)) - 1], told + carried, [], constants)
             for j in range(len(left)):
                 left[j][row].copy_(results[j])
         for j in range(len(apart)):
@@ -266,4 +299,4 @@ def loop(
 """
 """Local rounds, client after client: from the version that each starts from, in the memory of one lane, by steps that
 were recorded, to its update: a row of `out`, or added to `total` with its share where there is no `out`. What else a
-client leaves goes to its rows of `left`."""
+client leaves goes to its rows of `left`. A weight that steps defer is that of number `late`; none: −1."""

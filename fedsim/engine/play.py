@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.engine.deferred import most
 from fedsim.engine.late import TURNS
-from fedsim.engine.native import BUCKETS, Sizes, Steps, compiled
+from fedsim.engine.native import BUCKETS, GATHERED, Sizes, Steps, compiled
 from fedsim.engine.record import NotRecordable, Program, record
 from fedsim.engine.step import Kind, Step
 from fedsim.engine.task import Block
@@ -44,12 +45,21 @@ class Play:
         self.known: list[Kind] = []
         self._loop: Callable[..., None] | None = None
         self.left = self.carried  # what each of the first steps leaves to the end of the round
-        turns = self._turns() if step.situated else 0
+        self.defers = True
+        turns = self._begin()
+        if not self._worth():
+            self.defers = False
+            self.programs.clear()
+            self.carried = [((), [])]
+            turns = self._begin()
         for turn in range(turns + 1):
             self._prove(turn)
         long = self._program(self._kind(self.full)).body.count("\n") > LONG
         buckets = self.full if step.of_batch else 1 if long else BUCKETS
-        self.sizes = Sizes(self.full, buckets, turns, step.drops)
+        deferral = self._program(self._kind(self.full)).deferral
+        gathered = max(1, GATHERED // max(1, step.task.x[0].numel()))
+        gathered = gathered if deferral is None else min(gathered, most(deferral.shape))
+        self.sizes = Sizes(self.full, buckets, turns, gathered, step.drops)
         self.ends: list[Program] = []  # of a round whose last step is the first, the second, …
         self.leaves: list[tuple[str, Tensor]] = []  # names and examples of what a round ends with
         if step.finishes:
@@ -62,8 +72,23 @@ class Play:
         if kind not in self.programs:
             names, values = self.carried[min(kind.turn, len(self.carried) - 1)]
             inputs = self.step.example(kind, self.sent, [value.clone() for value in values])
-            self.programs[kind] = record(lambda given: self.step(given, kind, names), inputs)
+            fixed = len(inputs) - self.step.num_inputs(kind) - len(values)
+            samples = fixed if self.defers else None
+            program = record(lambda given: self.step(given, kind, names), inputs, fixed=fixed, samples=samples)
+            self.programs[kind] = program
         return self.programs[kind]
+
+    def _begin(self) -> int:
+        """Record what a round begins with; return how many first steps are of their own kind."""
+        if self.step.situated:
+            return self._turns()
+        self._program(self._kind(self.full))
+        return 0
+
+    def _worth(self) -> bool:
+        """Say whether what was recorded can stay: all or nothing is deferred, and several steps are where any is."""
+        shapes = {program.deferral and program.deferral.shape for program in self.programs.values()}
+        return shapes == {None} or (None not in shapes and 2 * self.full <= min(map(most, shapes)))
 
     def _turns(self) -> int:
         """Record the first steps of a round; return how many of them are of their own kind."""

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedsim.engine.operations import Op, Ref, aten, each
-from fedsim.engine.rewrite import early, into_place, live, without_aliases
+from fedsim.engine.deferred import Deferral, deferred
+from fedsim.engine.operations import Op, Ref, aten, each, read
+from fedsim.engine.rewrite import ahead, biases, early, into_place, live, without_aliases
 
 _NAME = re.compile(r"\bv\d+\b")  # of a value
 
@@ -91,26 +92,49 @@ def _place(tensor: Tensor) -> tuple[int, Any]:
 
 
 class Program(NamedTuple):
-    """A recorded function of tensors, and of the constants that it reads beside them, as TorchScript: Python too."""
+    """A recorded function of tensors, and of the constants that it reads beside them, as TorchScript: Python too.
 
-    body: str  # statements that read `inputs[i]` and `constants[i]`, and return a list
+    Where it defers a weight, `engine/deferred.py`, its last input is that weight's product with the samples, and its
+    last result what the weight is still to be written from.
+    """
+
+    body: str  # statements that read `inputs[i]`, `constants[i]` and `ahead[i]`, and return a list
     constants: list[Tensor]
+    begin: str = "return []"  # statements that return `ahead`, and hang on inputs that stay alone
+    deferral: Deferral | None = None
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
-        """Run the statements as Python, which they are as well; values are let go of after their last use."""
-        scope: dict[str, Any] = {"torch": torch}
-        *lines, end = self.body.splitlines()
-        last = {name: k for k, line in enumerate(lines) for name in _NAME.findall(line)}
-        done: dict[int, list[str]] = {}
-        for name in last.keys() - set(_NAME.findall(end)):
-            done.setdefault(last[name], []).append(name)
-        text = [f"{line}; del {', '.join(done[k])}" if k in done else line for k, line in enumerate(lines)]
-        exec("def run(inputs, constants):\n" + textwrap.indent("\n".join([*text, end]), "    "), scope)
-        results: list[Tensor] = scope["run"](inputs, self.constants)
+        """Run the statements as Python, which they are as well."""
+        ahead = _run(self.begin, inputs, self.constants, [])
+        if self.deferral is None:
+            return _run(self.body, inputs, self.constants, ahead)
+        weight, x = inputs[self.deferral.weight], inputs[self.deferral.samples].flatten(1)
+        *results, rows = _run(self.body, [*inputs, x @ weight.t()], self.constants, ahead)
+        weight.addmm_(rows.t(), x, alpha=-1)
         return results
 
 
-def record(function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]) -> Program:
+def _run(body: str, *given: list[Tensor]) -> list[Tensor]:
+    """Run statements; values are let go of after their last use."""
+    scope: dict[str, Any] = {"torch": torch}
+    *lines, end = body.splitlines()
+    last = {name: k for k, line in enumerate(lines) for name in _NAME.findall(line)}
+    done: dict[int, list[str]] = {}
+    for name in last.keys() - set(_NAME.findall(end)):
+        done.setdefault(last[name], []).append(name)
+    text = [f"{line}; del {', '.join(done[k])}" if k in done else line for k, line in enumerate(lines)]
+    exec("def run(inputs, constants, ahead):\n" + textwrap.indent("\n".join([*text, end]), "    "), scope)
+    results: list[Tensor] = scope["run"](*given)
+    return results
+
+
+def record(
+    function: Callable[[list[Tensor]], list[Tensor]],
+    inputs: list[Tensor],
+    *,
+    fixed: int = 0,
+    samples: int | None = None,
+) -> Program:
     """Return a program that does what a function does to tensors of these shapes.
 
     What the function writes into, the program writes into as well. What it reads beside its inputs is a constant.
@@ -118,6 +142,8 @@ def record(function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor
     Args:
         function: pure but for writing into its inputs; may differentiate.
         inputs: examples; they are written into.
+        fixed: inputs, from the first, that are the same tensors whenever the program runs for one client.
+        samples: number of the input whose dense layer may be deferred; None: none is.
 
     Raises:
         NotRecordable: what the function does depends on a tensor's value, or on a global generator.
@@ -127,17 +153,25 @@ def record(function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor
     with recorder:
         results = [recorder.known(result) for result in function(inputs)]
     ops, results = without_aliases(recorder.ops, results)
-    ops = early(live(into_place(live(ops, results), results), results))
-    return _written(ops, results, len(inputs))
+    ops = early(live(biases(into_place(live(ops, results), results)), results))
+    deferral = None
+    if samples is not None:
+        ops, results, deferral = deferred(ops, results, samples, len(inputs))
+    once, always = ahead(live(ops, results), results, fixed)
+    return _written(once, always, results, deferral, len(inputs) + (deferral is not None))
 
 
-def _written(ops: list[Op], results: list[Any], count: int) -> Program:
+def _written(once: list[Op], always: list[Op], results: list[Any], deferral: Deferral | None, count: int) -> Program:
     """Write operations as statements, one each."""
     constants: list[Tensor] = []
+    wanted = {number for op in always for number in read(op)}
+    wanted |= {result.number for result in results if isinstance(result, Ref)}
+    handed = [number for op in once for number in op.outs if number in wanted]
+    names = {number: f"inputs[{number}]" for number in range(count)}
 
     def text(value: Any) -> str:
         if isinstance(value, Ref):
-            return f"inputs[{value.number}]" if value.number < count else f"v{value.number}"
+            return names.get(value.number, f"v{value.number}")
         if isinstance(value, Tensor):
             place = next((k for k, known in enumerate(constants) if known is value), len(constants))
             if place == len(constants):
@@ -145,23 +179,35 @@ def _written(ops: list[Op], results: list[Any], count: int) -> Program:
             return f"constants[{place}]"
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(map(text, value))}]"
-        if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
-            return str(value)
-        if isinstance(value, torch.device):
-            return f'torch.device("{value}")'
-        if isinstance(value, float) and not math.isfinite(value):
-            return f'float("{value}")'
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return repr(value)
-        raise NotRecordable(f"an operation takes a {type(value).__name__}")
+        return _literal(value)
 
-    lines = []
-    for op in ops:
-        namespace, name = op.function._schema.name.split("::")
-        if namespace != "aten":
-            raise NotRecordable(f"{namespace}::{name} is no operation of torch's own")
-        args = [text(value) for value in op.args] + [f"{key}={text(value)}" for key, value in op.kwargs.items()]
-        call = f"torch.ops.aten.{name}({', '.join(args)})"
-        outs = ", ".join("_" if number is None else f"v{number}" for number in op.outs)
-        lines.append(f"{outs} = {call}")
-    return Program("\n".join([*lines, f"return {text(results)}"]), constants)
+    begin = [_statement(op, text) for op in once]
+    begin.append(f"return [{', '.join(f'v{number}' for number in handed)}]")
+    names |= {number: f"ahead[{k}]" for k, number in enumerate(handed) if number is not None}
+    body = []
+    if count > 1:  # once for all, for each look into a list costs as much as a small operation
+        names |= {number: f"i{number}" for number in range(count)}
+        body = [f"{', '.join(map(names.__getitem__, range(count)))} = inputs"]
+    body += [*(_statement(op, text) for op in always), f"return {text(results)}"]
+    return Program("\n".join(body), constants, "\n".join(begin), deferral)
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
+        return str(value)
+    if isinstance(value, torch.device):
+        return f'torch.device("{value}")'
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    raise NotRecordable(f"an operation takes a {type(value).__name__}")
+
+
+def _statement(op: Op, text: Callable[[Any], str]) -> str:
+    namespace, name = op.function._schema.name.split("::")
+    if namespace != "aten":
+        raise NotRecordable(f"{namespace}::{name} is no operation of torch's own")
+    args = [text(value) for value in op.args] + [f"{key}={text(value)}" for key, value in op.kwargs.items()]
+    outs = ", ".join("_" if number is None else f"v{number}" for number in op.outs)
+    return f"{outs} = torch.ops.aten.{name}({', '.join(args)})"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
+
 from fedsim.engine.operations import Op, Ref, aten, bases, each, read
 
 
@@ -109,3 +111,55 @@ def live(ops: list[Op], results: list[Any]) -> list[Op]:
             kept.append(op)
             wanted.update(read(op))
     return kept[::-1]
+
+
+def biases(ops: list[Op]) -> list[Op]:
+    """Let the sum of a matrix's rows that is subtracted from a vector be one product with ones, accumulated there."""
+    made = {op.outs[0]: op for op in ops}
+    fresh = max((number for op in ops for number in (*read(op), *op.outs) if number is not None), default=0)
+    fused = []
+    for op in ops:
+        view = made.get(op.args[1].number) if _subtracts(op) else None
+        total = made.get(view.args[0].number) if view is not None and view.function is aten.view.default else None
+        if total is not None and total.function is aten.sum.dim_IntList and total.args[1] == [0]:
+            rows = total.args[0]
+            if isinstance(rows, Ref) and len(rows.shape) == 2 and not total.kwargs:
+                fresh += 1
+                turned = Ref(fresh, rows.shape[::-1], rows.dtype)
+                ones = torch.ones(rows.shape[0], dtype=rows.dtype)
+                fused.append(Op(aten.t.default, (rows,), {}, (fresh,), False))
+                args = (op.args[0], turned, ones)
+                fused.append(op._replace(function=aten.addmv_.default, args=args, kwargs={"alpha": -1.0}))
+                continue
+        fused.append(op)
+    return fused
+
+
+def _subtracts(op: Op) -> bool:
+    return op.function is aten.sub_.Tensor and isinstance(op.args[1], Ref) and op.alike and not op.kwargs
+
+
+def ahead(ops: list[Op], results: list[Any], fixed: int) -> tuple[list[Op], list[Op]]:
+    """Part operations into those that a client needs once and those of every step.
+
+    Args:
+        ops: of a step.
+        results: of the step.
+        fixed: inputs, from the first, that are the same tensors in all steps of a client.
+
+    """
+    base = bases(ops)
+    written = {base.get(op.args[0].number, op.args[0].number) for op in ops if op.function._schema.is_mutable}
+    kept = {base.get(result.number, result.number) for result in results if isinstance(result, Ref)}
+    known: set[int | None] = set(range(fixed))
+    once, always = [], []
+    for op in ops:
+        touched = {base.get(number, number) for number in (*read(op), *op.outs)}
+        # A view is what it is of; a value must be nobody's to write into, in this step or in the next one.
+        stays = op.function.is_view or not touched & (written | kept)
+        if fixed and known.issuperset(read(op)) and stays and not op.function._schema.is_mutable:
+            known.update(op.outs)
+            once.append(op)
+        else:
+            always.append(op)
+    return once, always

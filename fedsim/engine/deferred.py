@@ -1,0 +1,102 @@
+"""Steps whose dense layer over the samples is written once for several of them.
+
+A plain step subtracts DᵀX from a layer's weight W (out, in), X (b, in) being its samples and D (b, out) the rate times
+the gradient at the layer's output. As long as W stays as it was, W₀, a later step's product is
+    X_s Wᵀ = X_s W₀ᵀ − Σ_{r<s} (X_s X_rᵀ) D_r.
+All samples that are at hand then meet W₀ in one product and each other in one more, and W is written in one: three
+products of many rows, which read a weight once, in the place of two a step of few rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any, NamedTuple
+
+from fedsim.engine.operations import Op, Ref, aten, bases, read
+
+
+class Deferral(NamedTuple):
+    """Which inputs of a program are the weight that it does not write, and the samples."""
+
+    weight: int
+    samples: int
+    shape: tuple[int, ...]  # (out, in)
+
+
+def most(shape: tuple[int, ...]) -> int:
+    """Return the samples up to which what deferring adds, n (in + out) a sample, is half a product, in · out."""
+    return math.prod(shape) // (2 * sum(shape))
+
+
+def deferred(
+    ops: list[Op], results: list[Any], samples: int, given: int
+) -> tuple[list[Op], list[Any], Deferral | None]:
+    """Let a step be given its samples' product with a weight, and return D where it would write the weight.
+
+    Args:
+        ops: of a step.
+        results: of the step.
+        samples: number of the input that is the samples.
+        given: number of the input that is to be the product, after all others.
+
+    Returns:
+        What is left, the results with D after them, and what is deferred; all as it was, and None, where no weight is
+        read for its product with the samples alone and written by the subtraction of DᵀX alone.
+
+    """
+    matrices = _matrices(ops, samples)
+    made = {op.outs[0]: op for op in ops}
+    base = bases(ops)
+    moves = Counter(base.get(op.args[0].number, op.args[0].number) for op in ops if op.function._schema.is_mutable)
+    for write in ops:
+        if write.function is not aten.addmm_.default or write.kwargs != {"alpha": -1.0}:
+            continue
+        weight, turned, x = write.args
+        turn = made.get(turned.number)
+        product = _product(ops, weight, matrices)
+        if product is None or turn is None or turn.function is not aten.t.default or x.number not in matrices:
+            continue
+        rows = turn.args[0]  # D
+        handed = any(isinstance(value, Ref) and value.number == weight.number for value in results)
+        if handed or weight.number >= given or moves[weight.number] != 1 or moves[base.get(rows.number, rows.number)]:
+            continue
+        z = Ref(given, rows.shape, rows.dtype)
+        with_bias = product.function is aten.addmm.default
+        added = (aten.add.Tensor, (z, product.args[0])) if with_bias else (aten.alias.default, (z,))
+        ready = product._replace(function=added[0], args=added[1])
+        left = [ready if op is product else op for op in ops if op is not write]
+        return left, [*results, rows], Deferral(weight.number, samples, weight.shape)
+    return ops, results, None
+
+
+def _matrices(ops: list[Op], samples: int) -> set[int | None]:
+    """Return the numbers of the samples as a matrix (b, in)."""
+    found: set[int | None] = set()
+    views: set[int | None] = {samples}
+    for op in ops:
+        for value in op.args:
+            if isinstance(value, Ref) and value.number == samples and len(value.shape) == 2:
+                found.add(samples)
+        if op.function is aten.view.default and op.args[0].number in views:
+            views.add(op.outs[0])
+            if len(op.args[1]) == 2 and op.args[1][0] == op.args[0].shape[0]:
+                found.add(op.outs[0])
+    return found
+
+
+def _product(ops: list[Op], weight: Ref, matrices: set[int | None]) -> Op | None:
+    """Return the product of the samples with a weight, X Wᵀ, if the weight is read for it alone."""
+    readers = [op for op in ops if weight.number in read(op)]
+    turns = [op for op in readers if op.function is aten.t.default]
+    if len(readers) != 2 or len(turns) != 1:  # the other one writes
+        return None
+    products = [op for op in ops if turns[0].outs[0] in read(op)]
+    if len(products) != 1 or products[0].kwargs:
+        return None
+    product = products[0]
+    if product.function not in (aten.addmm.default, aten.mm.default) or len(product.args[-1].shape) != 2:
+        return None
+    x, turned = product.args[-2:]
+    known = isinstance(x, Ref) and x.number in matrices and turned.number == turns[0].outs[0]
+    return product if known else None
