@@ -1,21 +1,39 @@
-"""The picture: what it shows, at any size, without touching matplotlib's global state."""
+"""The picture: what it shows, at any size, without a plotting library."""
 
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
-from fedsim.partition.picture import _columns, draw, drawn_once
+from fedsim.partition.canvas import Canvas
+from fedsim.partition.picture import _columns, _palette, _steps, draw, drawn_once
 
 
 @pytest.fixture
 def figures(monkeypatch):
+    """Canvases as they are saved, with what was put on them: `texts` (text, x, y, upright), `fills` and `paints`."""
     drawn = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (drawn.append(self), save(self, *args, **kw)))
+    init, text, fill, paint, save = Canvas.__init__, Canvas.text, Canvas.fill, Canvas.paint, Canvas.save
+
+    def begun(self, *size):
+        init(self, *size)
+        self.texts, self.fills, self.paints = [], [], []
+
+    def written(self, x, y, words, *args, **kw):
+        self.texts.append((words, x, y, kw.get("upright", False)))
+        text(self, x, y, words, *args, **kw)
+
+    monkeypatch.setattr(Canvas, "__init__", begun)
+    monkeypatch.setattr(Canvas, "text", written)
+    monkeypatch.setattr(Canvas, "fill", lambda self, *args: (self.fills.append(args), fill(self, *args)))
+    monkeypatch.setattr(Canvas, "paint", lambda self, *args: (self.paints.append(args), paint(self, *args)))
+    monkeypatch.setattr(Canvas, "save", lambda self, path: (drawn.append(self), save(self, path)))
     return drawn
+
+
+def words(canvas):
+    return [text for text, *_ in canvas.texts]
 
 
 def counts(num_clients, num_classes, alpha=0.2, size=50):
@@ -27,25 +45,72 @@ def counts(num_clients, num_classes, alpha=0.2, size=50):
 def test_any_size_is_drawn(tmp_path, figures, num_clients, num_classes):
     draw(counts(num_clients, num_classes), tmp_path / "p.png", title="a title")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    width, height = figures[0].get_size_inches()
+    width, height = (pixels / 120 for pixels in figures[0].image.size)
     assert 6 <= width <= 13
     assert 3 <= height <= 10
-    assert figures[0].get_suptitle() == "a title"
+    assert "a title" in words(figures[0])
 
 
 def test_few_clients_stand_in_order_with_names_counts_and_sizes(tmp_path, figures):
     m = np.array([[3, 0], [1, 4]])
     draw(m, tmp_path / "p.png", class_names=["ill", "well"], client_names=["north", "south"])
-    top, main, _ = figures[0].axes
-    assert [label.get_text() for label in main.get_xticklabels()] == ["north", "south"]
-    assert [label.get_text() for label in main.get_yticklabels()] == ["ill", "well"]
-    assert [bar.get_height() for bar in top.patches] == [3, 5]
-    assert [text.get_text() for text in top.texts] == ["3", "5"]
-    shown = {(text.get_position(), text.get_text()) for text in main.texts}
-    assert shown == {((0, 0), "3"), ((1, 0), "1"), ((1, 1), "4")}
-    image = main.images[0].get_array()  # (C, K) shares, empty cells masked
-    np.testing.assert_allclose(image.filled(0), [[1, 0.2], [0, 0.8]])
-    assert image.mask.tolist() == [[False, False], [True, False]]
+    (canvas,) = figures
+    at = {text: (x, y) for text, x, y, _ in canvas.texts}
+    assert at["north"][0] < at["south"][0]
+    assert at["ill"][1] < at["well"][1]
+    bars = [bottom - top for (_, top, _, bottom), _ in canvas.fills]
+    assert bars[1] / bars[0] == pytest.approx(5 / 3)
+    # Sizes above, then the scales, then a count in each cell that has any: client 0 has 3 of "ill", 1 has 1 and 4.
+    cells = [(text, round(x), round(y)) for text, x, y, _ in canvas.texts if text in {"1", "3", "4"}]
+    (north, ill), (south, well) = at["north"][:1] + at["ill"][1:], at["south"][:1] + at["well"][1:]
+    assert [(t, round(x), round(y)) for t, x, y in (("3", north, ill), ("1", south, ill), ("4", south, well))] == [
+        cell for cell in cells if cell[1] in (round(north), round(south)) and cell[2] in (round(ill), round(well))
+    ]
+    assert {("3", round(north)), ("5", round(south))} <= {(text, round(x)) for text, x, _, _ in canvas.texts}
+    pixels = canvas.paints[0][0]  # (C, K, 3): shares 1 and 0, 0.2 and 0.8, darker by their square root
+    palette = _palette()
+    assert pixels[0, 0].tolist() == palette[255].tolist()
+    assert pixels[1, 0].tolist() == [255, 255, 255]
+    assert pixels[:, 1].tolist() == palette[[round(255 * 0.2**0.5), round(255 * 0.8**0.5)]].tolist()
+
+
+def test_the_palette_darkens_evenly_and_its_palest_is_not_white():
+    palette = _palette().astype(int)
+    assert (np.diff(palette.sum(1)) <= 0).all()
+    assert palette[0].max() < 255
+
+
+@pytest.mark.parametrize(
+    ("high", "most", "whole", "steps"),
+    [
+        (7.0, 3, True, [0, 5]), (1.0, 3, True, [0, 1]), (0.0, 3, True, [0]), (310.0, 3, True, [0, 200]),
+        (1.0, 5, False, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0.68, 5, False, [0, 0.2, 0.4, 0.6]), (1e-9, 5, False, None),
+    ],
+)  # fmt: skip
+def test_scales_have_round_steps(high, most, whole, steps):
+    found = _steps(high, most=most, whole=whole)
+    assert steps is None or found == steps
+    assert len(found) <= most + 1
+
+
+def test_text_is_put_where_its_anchor_says():
+    def ink(anchor, **kw):
+        canvas = Canvas(200, 200)
+        canvas.text(100, 100, "H", 20, anchor, **kw)
+        y, x = np.nonzero(np.asarray(canvas.image).sum(2) < 380)
+        return x.min(), x.max(), y.min(), y.max()
+
+    left, right, top, bottom = ink("mm")
+    assert abs(left + right - 200) <= 2
+    assert abs(top + bottom - 200) <= 4
+    assert ink("lm")[0] >= 99
+    assert ink("rm")[1] <= 100
+    assert ink("mt")[2] >= 100
+    assert ink("mb")[3] <= 100
+    left, right, top, bottom = ink("rm", upright=True)  # its end, which is on top, lies at the point
+    assert top >= 99
+    assert bottom - top > right - left - 12
+    assert abs(left + right - 200) <= 4
 
 
 def test_many_clients_are_ordered_by_their_leading_class_and_the_largest_share():
@@ -75,15 +140,18 @@ def test_more_clients_than_pixels_share_columns(num_clients):
 
 def test_many_classes_have_few_labels(tmp_path, figures):
     draw(counts(5, 100), tmp_path / "p.png")
-    labels = [label.get_text() for label in figures[0].axes[1].get_yticklabels()]
-    assert labels == [str(c) for c in range(0, 100, 5)]
+    (canvas,) = figures
+    classes = next(x for text, x, _, _ in canvas.texts if text == "95")
+    assert [text for text, x, y, _ in canvas.texts if x == classes and y > canvas.paints[0][1][1]] == [
+        str(c) for c in range(0, 100, 5)
+    ]
 
 
 def test_long_names_stand_upright_and_short_ones_do_not(tmp_path, figures):
     draw(counts(30, 2), tmp_path / "p.png", client_names=[f"hospital {k}" for k in range(30)])
     draw(counts(4, 2), tmp_path / "p.png", client_names=[f"hospital {k}" for k in range(4)])
-    rotations = [figure.axes[1].get_xticklabels()[0].get_rotation() for figure in figures]
-    assert rotations == [90, 0]
+    turned = [next(upright for text, _, _, upright in canvas.texts if text == "hospital 0") for canvas in figures]
+    assert turned == [True, False]
 
 
 def test_no_samples_are_drawn_as_nothing(tmp_path):
@@ -105,13 +173,13 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, arguments, message):
         draw(arguments.pop("counts"), tmp_path / "p.png", **arguments)
 
 
-def test_importing_costs_no_matplotlib_and_drawing_no_pyplot(tmp_path):
+def test_drawing_costs_no_matplotlib(tmp_path):
     code = f"""
 import sys
 from fedsim.partition.picture import draw
-assert "matplotlib" not in sys.modules
+assert "PIL" not in sys.modules
 draw([[1, 2]], {str(tmp_path / "p.png")!r})
-assert "matplotlib.pyplot" not in sys.modules
+assert "matplotlib" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -9,14 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from fedsim.partition.canvas import DPI, Box, Canvas, width_of
 
 Int = npt.NDArray[np.int64]
 Float = npt.NDArray[np.float64]
@@ -26,6 +24,9 @@ _MAX_COLUMNS = 1000  # more clients are drawn in groups of neighbours: a screen 
 _MAX_NAMED_CLASSES = 30
 _CHARACTER = 0.075  # inches of a letter at 8 points
 _BAR_COLOUR = "#4c6a92"
+# ColorBrewer's sequential "Blues" (Harrower and Brewer, 2003): one hue, even steps of lightness.
+_BLUES = ("f7fbff", "deebf7", "c6dbef", "9ecae1", "6baed6", "4292c6", "2171b5", "08519c", "08306b")
+_TITLE, _LABEL, _TICK, _CELL = 11.0, 9.0, 8.0, 6.5  # points
 
 _drawn: ContextVar[Path | None] = ContextVar("drawn", default=None)
 
@@ -91,23 +92,34 @@ def draw(
 def _draw(
     counts: Int, path: Path, class_names: Sequence[str] | None, client_names: Sequence[str] | None, title: str
 ) -> None:
-    from matplotlib.figure import Figure  # half a second, and most commands draw nothing
-
     columns = _columns(counts)
     num_columns, num_classes = columns.counts.shape
-    width = float(np.clip(0.42 * num_columns + 2.2, 6.4, 13))
+    width = float(np.clip(0.42 * num_columns + 2.2, 6.4, 13))  # inches
     height = float(np.clip(0.32 * num_classes, 1.6, 7.5))
-    figure = Figure(figsize=(width, height + 2.4), layout="constrained", dpi=120)
-    top, main = figure.subplots(2, 1, sharex=True, height_ratios=[1.1, height])
-    _draw_sizes(top, columns)
-    _draw_shares(figure, main, columns, named=columns.named and num_classes <= 20)
-    _name_classes(main, num_classes, class_names)
-    _name_clients(main, columns, client_names, (width - 2.2) / num_columns)
-    for axes in figure.axes:
-        axes.tick_params(labelsize=8)
+    classes = _every(num_classes, class_names)
+    canvas = Canvas(round(width * DPI), round((height + 2.4) * DPI))
+    clients = [str(k) for k in range(num_columns)] if client_names is None else list(map(str, client_names))
+    clients = clients if columns.named else []
+    upright = max(map(len, clients), default=0) * _CHARACTER > (width - 2.2) / num_columns
+    tall = max((width_of(name, _TICK) for name in clients), default=0.0) if upright else 16.0 * bool(clients)
+    sizes = columns.counts.sum(axis=1) / columns.clients  # (J,)
+    steps = _steps(float(sizes.max()) * 1.05, most=3, whole=True)
+    left = 34 + max(width_of(text, _TICK) for text in (*classes.values(), *map(str, steps)))
+    upper = 14 + 26 * bool(title)
+    main: Box = (left, 0, canvas.image.width - 92, canvas.image.height - 34 - tall)
+    middle = upper + (main[3] - upper - 12) * 1.1 / (1.1 + height)
+    main = (main[0], middle + 12, main[2], main[3])
+    _draw_sizes(canvas, (main[0], upper, main[2], middle), columns, sizes, steps)
+    _draw_shares(canvas, main, columns, named=columns.named and num_classes <= 20)
+    for c, text in classes.items():
+        y = main[1] + (c + 0.5) * (main[3] - main[1]) / num_classes
+        canvas.line((main[0] - 4, y), (main[0] - 1, y))
+        canvas.text(main[0] - 7, y, text, _TICK, "rm")
+    canvas.text(16, (main[1] + main[3]) / 2, "class", _LABEL, "mm", upright=True)
+    _name_clients(canvas, main, columns, clients, upright=upright)
     if title:
-        figure.suptitle(title, fontsize=11)
-    figure.savefig(path)
+        canvas.text(canvas.image.width / 2, 16, title, _TITLE, "mm")
+    canvas.save(path)
 
 
 class _Columns(NamedTuple):
@@ -130,60 +142,88 @@ def _columns(counts: Int) -> _Columns:
     return _Columns(grouped, np.diff(starts, append=num_clients), False)
 
 
-def _draw_sizes(axes: Axes, columns: _Columns) -> None:
-    sizes = columns.counts.sum(axis=1) / columns.clients  # (J,)
-    if not columns.named:  # one patch: a thousand bars would take ten times as long as all the rest
-        axes.stairs(sizes, np.arange(len(sizes) + 1) - 0.5, fill=True, color=_BAR_COLOUR, linewidth=0)
+def _draw_sizes(canvas: Canvas, box: Box, columns: _Columns, sizes: Float, steps: list[int]) -> None:
+    """Draw a bar a column, with its number of samples where clients are named."""
+    left, top, right, bottom = box
+    scale = (bottom - top) / (max(float(sizes.max()), 1e-9) * (1.15 if columns.named else 1.05))  # pixels a sample
+    each = (right - left) / len(sizes)
+    if columns.named:
+        for j, size in enumerate(sizes.tolist()):
+            x, y = left + (j + 0.5) * each, bottom - size * scale
+            canvas.fill((x - 0.4 * each, y, x + 0.4 * each, bottom), _BAR_COLOUR)
+            canvas.text(x, y - 1, f"{int(size)}", _CELL, "mb")
     else:
-        bars = axes.bar(np.arange(len(sizes)), sizes, width=0.8, color=_BAR_COLOUR, linewidth=0)
-        axes.margins(y=0.15)
-        axes.bar_label(bars, [f"{int(n)}" for n in sizes], fontsize=6.5, padding=1)
-    axes.set_ylabel("samples", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(axis="x", length=0, labelbottom=False)
-    axes.locator_params(axis="y", nbins=3, integer=True)
+        column = ((np.arange(round(right) - round(left)) + 0.5) / each).astype(np.int64).clip(max=len(sizes) - 1)
+        for x, size in enumerate(sizes[column].tolist()):
+            canvas.fill((left + x, bottom - size * scale, left + x + 1, bottom), _BAR_COLOUR)
+    canvas.line((left, top), (left, bottom))
+    canvas.line((left, bottom), (right, bottom))
+    for step in steps:
+        canvas.line((left - 4, bottom - step * scale), (left - 1, bottom - step * scale))
+        canvas.text(left - 7, bottom - step * scale, str(step), _TICK, "rm")
+    canvas.text(16, (top + bottom) / 2, "samples", _LABEL, "mm", upright=True)
 
 
-def _draw_shares(figure: Figure, axes: Axes, columns: _Columns, *, named: bool) -> None:
-    from matplotlib import colormaps
-    from matplotlib.colors import ListedColormap, PowerNorm
-
+def _draw_shares(canvas: Canvas, box: Box, columns: _Columns, *, named: bool) -> None:
+    """Draw what share of each column is of which class, and the scale of the colours."""
     shares = columns.counts / np.maximum(columns.counts.sum(axis=1), 1)[:, None]  # (J, C)
+    most = max(float(shares.max()), 1e-9)
     # The square root keeps small shares visible: with 100 classes most are below 0.05.
-    norm = PowerNorm(0.5, vmin=0.0, vmax=max(float(shares.max()), 1e-9))
-    cells = np.ma.masked_equal(shares, 0.0).T  # (C, J)
-    colours = ListedColormap(colormaps["Blues"](np.linspace(0.15, 1.0, 256)))  # the palest blue still isn't white
-    image = axes.imshow(cells, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
-    axes.set_facecolor("white")
-    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=30)
-    bar.set_label("share of client", fontsize=9)
-    bar.outline.set_visible(False)
+    depth = np.sqrt(shares / most)  # (J, C) in [0, 1]
+    palette = _palette()  # (256, 3)
+    pixels = palette[np.rint(depth * 255).astype(np.int64)]  # (J, C, 3)
+    pixels[columns.counts == 0] = 255
+    canvas.paint(pixels.transpose(1, 0, 2), box)
+    left, top, right, bottom = box
+    canvas.frame(box)
+    bar = (right + 14, top, right + 28, bottom)
+    canvas.paint(palette[::-1, None], bar)
+    for value in _steps(most, most=5):
+        y = bottom - (value / most) ** 0.5 * (bottom - top - 1)
+        canvas.line((bar[2], y), (bar[2] + 3, y))
+        canvas.text(bar[2] + 6, y, f"{value:g}", _TICK, "lm")
+    canvas.text(canvas.image.width - 14, (top + bottom) / 2, "share of client", _LABEL, "mm", upright=True)
     if not named:
         return
-    dark = norm(shares) > 0.55  # (J, C)
-    for j, c in np.argwhere(columns.counts):
-        colour = "white" if dark[j, c] else "black"
-        cell = axes.text(j, c, f"{columns.counts[j, c]}", ha="center", va="center", color=colour, fontsize=6.5)
-        cell.set_in_layout(False)  # it lies inside the axes; measuring hundreds of them costs more than drawing them
+    across, along = (right - left) / len(shares), (bottom - top) / shares.shape[1]
+    for j, c in np.argwhere(columns.counts).tolist():
+        colour = "#ffffff" if depth[j, c] > 0.55 else "#000000"
+        x, y = left + (j + 0.5) * across, top + (c + 0.5) * along
+        canvas.text(x, y, f"{columns.counts[j, c]}", _CELL, "mm", colour=colour)
 
 
-def _name_classes(axes: Axes, num_classes: int, names: Sequence[str] | None) -> None:
-    # Of many classes every second, fifth, tenth, … has a label.
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, num_classes) if s * _MAX_NAMED_CLASSES >= num_classes)
-    ticks = range(0, num_classes, step)
-    axes.set_yticks(ticks, [str(c) if names is None else names[c] for c in ticks])
-    axes.set_ylabel("class", fontsize=9)
+def _palette() -> npt.NDArray[np.uint8]:
+    """Return 256 colours (256, 3) from pale to dark, the palest of which still isn't white."""
+    at = np.linspace(0.15, 1.0, 256) * (len(_BLUES) - 1)  # (256,)
+    known = np.array([[int(hue[i : i + 2], 16) for i in (0, 2, 4)] for hue in _BLUES])  # (9, 3)
+    return np.stack([np.interp(at, np.arange(len(known)), known[:, i]) for i in range(3)], 1).round().astype(np.uint8)
 
 
-def _name_clients(axes: Axes, columns: _Columns, names: Sequence[str] | None, room: float) -> None:
-    """Name the clients, upright if a name is wider than its `room` in inches."""
-    if not columns.named:
-        number = int(columns.clients.sum())
-        each = f", {number / len(columns.clients):.3g} a column" if number > len(columns.clients) else ""
-        axes.set_xlabel(f"{number} clients, ordered by their most frequent class{each}", fontsize=9)
-        axes.set_xticks([])
-        return
-    names = [str(k) for k in range(len(columns.clients))] if names is None else list(names)
-    upright = max(map(len, names)) * _CHARACTER > room
-    axes.set_xticks(np.arange(len(names)), names, rotation=90 if upright else 0)
-    axes.set_xlabel("client", fontsize=9)
+def _every(count: int, names: Sequence[str] | None) -> dict[int, str]:
+    """Return the labels of classes: of many, of every second, fifth, tenth, …"""
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, count) if s * _MAX_NAMED_CLASSES >= count)
+    return {c: str(c) if names is None else str(names[c]) for c in range(0, count, step)}
+
+
+def _steps(high: float, *, most: int, whole: bool = False) -> list[Any]:
+    """Return round numbers from 0 to a height, at most so many steps apart."""
+    rough = max(high, 1e-9) / most
+    power = 10.0 ** np.floor(np.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
+    if whole:
+        step = max(1, round(step))
+        return list(range(0, int(high) + 1, step))
+    return [float(f"{k * step:.6g}") for k in range(int(high / step * (1 + 1e-9)) + 1)]
+
+
+def _name_clients(canvas: Canvas, box: Box, columns: _Columns, names: Sequence[str], *, upright: bool) -> None:
+    """Name the clients, upright if a name is wider than its column."""
+    left, _, right, bottom = box
+    for j, name in enumerate(names):
+        x = left + (j + 0.5) * (right - left) / len(names)
+        canvas.line((x, bottom), (x, bottom + 3))
+        canvas.text(x, bottom + 6, name, _TICK, "rm" if upright else "mt", upright=upright)
+    number = int(columns.clients.sum())
+    each = f", {number / len(columns.clients):.3g} a column" if number > len(columns.clients) else ""
+    label = "client" if columns.named else f"{number} clients, ordered by their most frequent class{each}"
+    canvas.text((left + right) / 2, canvas.image.height - 6, label, _LABEL, "mb")
