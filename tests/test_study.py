@@ -103,7 +103,7 @@ def test_arms_like_others_and_later_overrides():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["fedld", "flag", "fedhyper", "ef21", "unstale", "unstale_dirichlet"])
+@pytest.mark.parametrize("name", ["fedld", "flag", "fedhyper", "ef21", "ef21_tuned", "unstale", "unstale_dirichlet"])
 def test_shipped_experiments_are_sound(name):
     study = build(load(name))
     assert study.seeds >= 10
