@@ -19,6 +19,7 @@ from fedsim.clients.fedhyper import FedHyper as FedHyperClient
 from fedsim.clients.margin import Margin
 from fedsim.clients.moon import Moon
 from fedsim.clients.scaffold import Scaffold as ScaffoldClient
+from fedsim.clients.scaffold import ScaffoldI
 from fedsim.config import compose
 from fedsim.console import Observer
 from fedsim.contracts import Dataset
@@ -213,6 +214,49 @@ def test_scaffolds_control_is_a_gradient_after_one_step(tmp_path):
     want = [gradient(seen[2], k) for k in range(4)]
     np.testing.assert_allclose(loop.task.store.arrays["control"].numpy(), want, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(loop.strategy.state["control"].numpy(), np.mean(want, axis=0), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("training", OPTIMIZERS)
+def test_scaffolds_option_i_is_the_gradient_at_the_received_model(tmp_path, engine, training):
+    # Whatever the optimiser and the batches, 5 + 4 or 3 + 3 + 1 samples: eq. 4's c_k⁺ is the mean over all samples.
+    parts = {"batch_size": 5, "local_steps": None, "local_epochs": 2, **training}
+    loop = start(tmp_path, Scaffold(server_lr=0.8), ScaffoldI(), engine=engine, plan=SOME, **parts)
+    got = models(loop, 4)
+    last = {k: t for t in range(1, 5) for k in SOME[t]}  # the round in which a client was seen last
+    want = [gradient(got[last[k] - 1], k) for k in range(4)]
+    np.testing.assert_allclose(loop.task.store.arrays["control"].numpy(), want, **EXACT)
+    np.testing.assert_allclose(loop.strategy.state["control"].numpy(), np.mean(want, axis=0), **EXACT)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_scaffolds_option_i_against_algorithm_1(tmp_path, engine):
+    got = models(start(tmp_path, Scaffold(server_lr=0.8), ScaffoldI(), engine=engine, plan=SOME), 4)
+    w, c, mine = first(), 0.0, [np.zeros(16) for _ in range(4)]
+    for t in range(1, 5):
+        moves, changes = [], []
+        for k in SOME[t]:
+            y = w.copy()
+            for _ in range(STEPS):
+                y = y - LR * (gradient(y, k) - mine[k] + c)
+            moves.append(y - w)
+            changes.append(gradient(w, k) - mine[k])
+            mine[k] = gradient(w, k)
+        w = w + 0.8 * sum(moves) / len(moves)
+        c = c + sum(changes) / 4
+        np.testing.assert_allclose(got[t], w, **EXACT)
+
+
+def test_scaffolds_option_i_by_hand(tmp_path):
+    # w = 0: p = ¼ each, so that c_k⁺ for the bias is ¼ less the share of each class among the client's samples
+    model = Regression()
+    with torch.no_grad():
+        [p.zero_() for p in model.parameters()]
+    loop = start(tmp_path, Scaffold(), ScaffoldI(), model=model)
+    models(loop, 1)
+    _, y, owner = samples()
+    want = [[0.25 - np.mean(y[owner == k] == c) for c in range(C)] for k in range(4)]
+    np.testing.assert_allclose(loop.task.store.arrays["control"].numpy()[:, C * F :], want, **EXACT)
 
 
 def test_scaffold_says_what_it_misses(tmp_path):
