@@ -57,6 +57,17 @@ def test_a_nested_state_comes_back_to_the_bit(tmp_path):
     assert not same({**nested(), "scalar": torch.tensor(8)}, state)
 
 
+@pytest.mark.parametrize("length", range(1, 6))
+def test_products_with_what_comes_back_have_the_same_bits(length, tmp_path):
+    before = {"moves": torch.zeros(length), "held": torch.randn(15010, generator=torch.Generator().manual_seed(length))}
+    checkpoint.save(tmp_path, 1, before)
+    after = checkpoint.load(tmp_path)[1]
+    other = torch.randn(7, 15010, generator=torch.Generator().manual_seed(0))
+    assert after["held"].data_ptr() % 64 == 0
+    assert torch.equal(other @ after["held"], other @ before["held"])
+    assert torch.equal(other[0] @ after["held"], other[0] @ before["held"])
+
+
 def test_the_manifest_is_strict_json(tmp_path):
     """Anybody's reader takes it: NaN and the infinities, which JSON does not have, are not written bare."""
     checkpoint.save(tmp_path, 1, nested())
