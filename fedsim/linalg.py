@@ -147,8 +147,8 @@ def square_distances(updates: Tensor) -> Tensor:
 def _distances(inner: Tensor) -> tuple[Tensor, Tensor]:
     norms = inner.diagonal()  # (K,)
     total = norms[:, None] + norms[None, :]  # (K, K)
-    # (K, K) symmetric to the bit, which BLAS does not promise of the Gram: pairs that tie have to
-    distances = (total - (inner + inner.T)).clamp_min(0)
+    # Symmetric to the bit, which BLAS does not promise of the Gram: Krum breaks exact ties of nearest pairs.
+    distances = (total - (inner + inner.T)).clamp_min(0)  # (K, K)
     # 1e-3 of the norms leaves three of float32's seven digits
     trusted = (distances >= 1e-3 * total).fill_diagonal_(True).all()
     return distances.fill_diagonal_(0), trusted
