@@ -84,6 +84,8 @@ def test_holm_keeps_the_family_wise_error():
         ({"arms": {**ARMS, "d": {"like": "a", "tune": ["client.lr=1,2"]}}}, "leave tune out"),
         ({"arms": {**ARMS, "d": {"tune": ["client.lr=1,2"]}}}, "as many points as every other"),
         ({"arms": {**ARMS, "d": {"sets": []}}}, "arms.d has no 'sets'"),
+        ({"arms": {**ARMS, "d": {"like": "a", "replays": "x"}}}, "arms.d replays 'x'"),
+        ({"arms": {**ARMS, "d": {"replays": "a"}}}, "say whose choice it takes"),
         ({"smallest": 0.0}, "smallest must be > 0"),
         ({"seeds": 1}, "seeds must be >= 2"),
         ({"null_control": {"arm": "e", "baseline": "a"}}, "claims name the arm 'e'"),
@@ -175,6 +177,21 @@ def test_a_whole_experiment(toys, tmp_path):
     assert stamp == {p: p.stat().st_mtime_ns for p in folder.glob("report/*/summary.json")}
     with pytest.raises(UserError, match="holds another experiment"):
         go("num_rounds=3")
+
+    # an arm may come later: only its runs are done. Yoked to the very lengths of its own direction it is the same method
+    yaml = toys / "experiment" / "toy.yaml"
+    later = "  early: {like: a, set: [strategy=fedld_yoked, client=sgd], replays: a}\n  a: {set:"
+    yaml.write_text(yaml.read_text().replace("  a: {set:", later).replace("controls: [again]", "controls: [early]"))
+    assert "| a − early | alpha=5.0 |" in go()[1]
+    assert stamp == {path: path.stat().st_mtime_ns for path in stamp}
+    found = {(row["arm"], row["partition.alpha"], row["seed"]): row for row in
+             json.loads((folder / "report" / "sweep.json").read_text())["trials"]}  # fmt: skip
+    assert len(found) == 2 * 4 * 2
+    for alpha, seed in ((1.0, 0), (1.0, 1), (5.0, 0), (5.0, 1)):
+        assert found["early", alpha, seed]["loss"] == pytest.approx(found["a", alpha, seed]["loss"], rel=1e-4)
+    yaml.write_text(yaml.read_text().replace("client.lr=0.0001,0.3", "client.lr=0.0001,0.2"))
+    with pytest.raises(UserError, match="holds another experiment"):
+        go()
 
     target = tmp_path / "results.md"
     page.put(target, "other", "kept")

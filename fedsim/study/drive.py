@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from fedsim.sweep.pool import Pool, start_server
 from fedsim.sweep.search import Point
 
 FILE = "experiment.json"
+MOST_RUNS = 10_000  # that the numbers in trials' names are wide enough for
 OTHER_SEEDS = 10_000  # added to the seed of a reseeded arm
 _PLACE = ("data.root", "device", "threads")  # where it runs, not what
 _KEPT = ("partition.seed", "model.seed", "sampler.seed")
@@ -42,6 +43,18 @@ class Asked:
     words: tuple[str, ...]  # overrides of all runs beyond the YAML's
     changed: tuple[str, ...]  # what is not as the YAML has it
     config_dir: Path | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an experiment runs."""
+
+    folder: Path
+    order: Sequence[str]  # of the arms, as they came: so a trial keeps its name when arms come later
+    threads: int | None
+    pool: Pool
+    board: Board
+    machine: Machine
 
 
 def experiment(name: str, given: Sequence[str], config_dir: Path | None, board: Board) -> tuple[Path, str]:
@@ -70,15 +83,16 @@ def experiment(name: str, given: Sequence[str], config_dir: Path | None, board: 
         config_dir,
     )  # fmt: skip
     folder = Path(words.folder or f"outputs/experiments/{name}")
-    _claim_folder(folder, asked)
+    order = _claim_folder(folder, asked)
     start_server()
     cpu = any(text == "device=cpu" for text in (*asked.study.base, *asked.words))
     devices = machine.devices(cpu=cpu)
     threads = threads_for(len(devices), read(merged(asked.study.base, asked.words)))
     try:
         with locked(folder), Pool(devices) as pool:
-            chosen = _choose(asked, folder, threads, pool, board, machine)
-            rows = _runs(asked, chosen, folder, threads, pool, board, machine)
+            place = Place(folder, order, threads, pool, board, machine)
+            chosen = _choose(asked, place)
+            rows = _runs(asked, chosen, place)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"interrupted; the same command goes on in {folder}") from error
     failed = sum(row["state"] != "done" for row in rows)
@@ -91,29 +105,51 @@ def experiment(name: str, given: Sequence[str], config_dir: Path | None, board: 
     return folder, text
 
 
-def _claim_folder(folder: Path, asked: Asked) -> None:
-    """Make the folder, or find that it is this experiment's."""
-    tree = {"name": asked.name, "words": list(asked.words), "changed": list(asked.changed),
-            "spec": load(asked.name, asked.config_dir)}  # fmt: skip
+def _claim_folder(folder: Path, asked: Asked) -> list[str]:
+    """Make the folder, or find that it is this experiment's; return its arms in the order in which they came.
+
+    Arms may come later, and what is claimed of them: runs do not depend on it.
+    """
+    spec = load(asked.name, asked.config_dir)
+    tree = {"name": asked.name, "words": list(asked.words), "changed": list(asked.changed), "spec": spec}
     path = folder / FILE
     if path.exists():
-        if json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(tree)):
+        there = json.loads(path.read_text(encoding="utf-8"))
+        known = there.pop("arms")
+        if not _grown(there, json.loads(json.dumps(tree))):
             raise UserError(
                 f"{folder} holds another experiment, or this one as it was; choose {quoted('hydra.sweep.dir', '…')}"
             )
-        return
-    for arm in asked.study.methods.values():  # a wrong word is found before anything runs
+    else:
+        known = []
+    arms = [*known, *(name for name in asked.study.methods if name not in known)]
+    for arm in (asked.study.methods[name] for name in arms[len(known) :]):  # a wrong word is found before anything runs
         compose(_overrides(asked, asked.study.cells[0], arm, arm.points()[0], 0), config_dir=asked.config_dir)
     first = next(iter(asked.study.methods.values()))
     for cell in asked.study.cells[1:]:
         compose(_overrides(asked, cell, first, first.points()[0], 0), config_dir=asked.config_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if not known and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty, and holds no experiment; choose another hydra.sweep.dir")
-    _write(path, tree)
+    _write(path, {**tree, "arms": arms})
+    return arms
 
 
-def _overrides(asked: Asked, cell: Point, arm: Arm, point: Point, seed: int) -> list[str]:
+def _grown(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Return whether a description is another's with nothing but further arms and other claims."""
+    free = ("arms", "claims", "null_control", "positive_control", "smallest")
+    before, after = old.pop("spec"), dict(new)
+    spec = after.pop("spec")
+    kept = {name: spec["arms"].get(name) for name in before["arms"]} == before["arms"]
+    same = {key: before[key] for key in before if key not in free} == {
+        key: spec[key] for key in spec if key not in free
+    }
+    return old == after and kept and same
+
+
+def _overrides(
+    asked: Asked, cell: Point, arm: Arm, point: Point, seed: int, run: str = "."
+) -> list[str]:
     """Return the overrides of one run. Partition, initial model and cohorts follow from the seed in every arm.
 
     What a command changes, it changes in all arms but those that set it themselves: a run cut short stays one.
@@ -123,75 +159,89 @@ def _overrides(asked: Asked, cell: Point, arm: Arm, point: Point, seed: int) -> 
     seeds = [f"seed={seed}"]
     if arm.reseed:
         seeds = [f"seed={seed + OTHER_SEEDS}", *(f"{name}={seed}" for name in _KEPT)]
-    return merged(asked.study.base, cell[0], arm.set, point[0], words, seeds)
+    replays = [] if arm.replays is None else [plans.setting("strategy.run", run)]
+    return merged(asked.study.base, cell[0], arm.set, point[0], replays, words, seeds)
 
 
 def _key(text: str) -> str:
     return bare(text.split("=", 1)[0])
 
 
-def _plan(asked: Asked, listed: Sequence[tuple[Point, str, Point, int]], threads: int | None) -> Plan:
-    points = []
-    for cell, name, point, seed in listed:
-        own = _overrides(asked, cell, asked.study.methods[name], point, seed)
-        points.append((tuple(own), {**cell[1], "arm": name, **point[1], "seed": seed}))
+def _plan(asked: Asked, listed: Sequence[tuple[str, Point, Point, int]], place: Place, report: Path) -> Plan:
+    """Return the plan of runs of (arm, cell, point, seed)."""
+    points = [((), {**cell[1], "arm": name, **point[1], "seed": seed}) for name, cell, point, seed in listed]
+    names = [trial.name for trial in plans.trials_of(points, (), None, total=MOST_RUNS)]
+    where = {(name, id(cell), seed): at for at, (name, cell, _, seed) in zip(names, listed, strict=True)}
+    trials = []
+    for at, (name, cell, point, seed), (_, values) in zip(names, listed, points, strict=True):
+        arm = asked.study.methods[name]
+        run = str(report / where[arm.replays, id(cell), seed]) if arm.replays else "."
+        own = [] if place.threads is None else [f"threads={place.threads}"]
+        trials.append(plans.Trial(
+            name=at, overrides=(*own, *_overrides(asked, cell, arm, point, seed, run)), values=values,
+        ))  # fmt: skip
     folder = None if asked.config_dir is None else str(asked.config_dir)
-    return Plan(words=asked.words, config_dir=folder, threads=threads, trials=plans.trials_of(points, (), threads))
+    return Plan(words=asked.words, config_dir=folder, threads=place.threads, trials=tuple(trials))
 
 
-def _choose(
-    asked: Asked, folder: Path, threads: int | None, pool: Pool, board: Board, machine: Machine
-) -> list[dict[str, Any]]:
+def _choose(asked: Asked, place: Place) -> list[dict[str, Any]]:
     """Return the point of each cell and arm, by the mean of validation figures over the tuning seeds."""
-    study = asked.study
+    study, cells = asked.study, asked.study.cells
     seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + study.tuning_seeds)
-    own = {name: arm for name, arm in study.methods.items() if arm.like is None}
-    rows: list[table.Row] = []
+    own = {name: study.methods[name] for name in place.order if study.methods[name].like is None}
+    figures: dict[tuple[str, int], list[table.Row]] = {}  # (arm, cell) → its runs, point by point
     if study.tuned:
         listed = [
-            (cell, name, point, seed)
-            for cell in study.cells for name, arm in own.items() for point in arm.points() for seed in seeds
+            (name, cell, point, seed)
+            for name, arm in own.items() for cell in cells for point in arm.points() for seed in seeds
         ]  # fmt: skip
-        plan = _plan(asked, listed, threads)
-        board.note(f"search: {len(plan.trials)} runs, chosen by {study.tuning_metric} of the last round")
-        (folder / "search").mkdir(exist_ok=True)
-        rows = execute(plan, folder / "search", pool, board, batch=machine.batch)
-    chosen, at = [], 0
-    for cell in study.cells:
-        for name, arm in own.items():
-            points, scores = arm.points(), []
-            for _ in points:
-                mine, at = rows[at : at + len(seeds)], at + len(seeds)
-                scores.append(search.score(mine, study.tuning_metric))
-            best = search.best(scores, study.tuning_metric) if study.tuned else 0
-            if best is None:
-                raise RuntimeError(f"every run of the search failed for {name} at {page.cell_name(cell[1])}")
-            words = read(arm.tune)
-            near = search.edges(points[best][1], words.axes, words.intervals) if len(points) > 1 else ()
-            edges = [f"{key}={value} is the {end} that was tried" for key, value, end in near]
-            chosen.append({
-                "cell": page.cell_name(cell[1]), "arm": name, "point": points[best][1],
-                "overrides": list(points[best][0]), "score": scores[best] if study.tuned else None, "edges": edges,
-            })  # fmt: skip
-            for line in edges:
-                board.warn(f"{name}, {page.cell_name(cell[1])}: {line}")
-    return chosen
+        plan = _plan(asked, listed, place, place.folder / "search")
+        place.board.note(f"search: {len(plan.trials)} runs, chosen by {study.tuning_metric} of the last round")
+        (place.folder / "search").mkdir(exist_ok=True)
+        rows = execute(plan, place.folder / "search", place.pool, place.board, batch=place.machine.batch)
+        for (name, cell, _, _), row in zip(listed, rows, strict=True):
+            figures.setdefault((name, cells.index(cell)), []).append(row)
+    return [_best(asked, name, number, figures, place) for number in range(len(cells)) for name in own]
 
 
-def _runs(  # noqa: PLR0913  as `_choose`
-    asked: Asked, chosen: Sequence[Mapping[str, Any]], folder: Path, threads: int | None, pool: Pool, board: Board,
-    machine: Machine,
-) -> list[table.Row]:  # fmt: skip
-    """Run every arm at its point with the seeds of the report."""
+def _best(
+    asked: Asked, name: str, number: int, figures: Mapping[tuple[str, int], list[table.Row]], place: Place
+) -> dict[str, Any]:
+    """Return the point that an arm takes in a cell."""
+    study, count = asked.study, asked.study.tuning_seeds
+    arm, cell = study.methods[name], page.cell_name(study.cells[number][1])
+    points, rows = arm.points(), figures.get((name, number), [])
+    scores = [search.score(rows[at : at + count], study.tuning_metric) for at in range(0, len(rows), count)]
+    best = search.best(scores, study.tuning_metric) if study.tuned else 0
+    if best is None:
+        raise RuntimeError(f"every run of the search failed for {name} at {cell}")
+    words = read(arm.tune)
+    near = search.edges(points[best][1], words.axes, words.intervals) if len(points) > 1 else ()
+    edges = [f"{key}={value} is the {end} that was tried" for key, value, end in near]
+    for line in edges:
+        place.board.warn(f"{name}, {cell}: {line}")
+    return {
+        "cell": cell, "arm": name, "point": points[best][1], "overrides": list(points[best][0]),
+        "score": scores[best] if study.tuned else None, "edges": edges,
+    }  # fmt: skip
+
+
+def _runs(asked: Asked, chosen: Sequence[Mapping[str, Any]], place: Place) -> list[table.Row]:
+    """Run every arm at its point with the seeds of the report; arms that replay others' runs after those."""
+    study, folder = asked.study, place.folder / "report"
     points = {(one["cell"], one["arm"]): (tuple(one["overrides"]), one["point"]) for one in chosen}
+    cells = study.cells
     listed = [
-        (cell, name, points[page.cell_name(cell[1]), arm.like or name], seed)
-        for cell in asked.study.cells
-        for name, arm in asked.study.methods.items()
-        for seed in range(asked.study.seeds)
-    ]
-    (folder / "report").mkdir(exist_ok=True)
-    return execute(_plan(asked, listed, threads), folder / "report", pool, board, batch=machine.batch)
+        (name, cell, points[page.cell_name(cell[1]), study.methods[name].like or name], seed)
+        for name in place.order for cell in cells for seed in range(study.seeds)
+    ]  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    plan = _plan(asked, listed, place, folder)
+    alone = tuple(trial for trial in plan.trials if study.methods[trial.values["arm"]].replays is None)
+    rows = execute(replace(plan, trials=alone), folder, place.pool, place.board, batch=place.machine.batch)
+    if len(alone) == len(plan.trials):
+        return rows
+    return execute(plan, folder, place.pool, place.board)
 
 
 def _judge(asked: Asked, folder: Path, rows: Sequence[table.Row]) -> page.Findings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ class Arm:
     tune: tuple[str, ...] = ()  # settings with several values: the points it is tried at, as many as every other arm's
     like: str | None = None  # an arm whose overrides, and whose chosen point, it takes; `set` wins
     reseed: bool = False  # other data order under the same partition, initial model and cohorts: a null control
+    replays: str | None = None  # an arm whose run of the same cell and seed it is given as strategy.run
 
     def points(self) -> list[Point]:
         """Return the points of its search; one without overrides where nothing is tuned."""
@@ -53,7 +54,7 @@ class Study:
 
     Args:
         claims: `arm`, `baseline`, `text`, and `controls`, arms that have a part of what the method does.
-        arms: name → overrides, or {set, tune, like, reseed}.
+        arms: name → overrides, or {set, tune, like, reseed, replays}.
         base: overrides of every run.
         settings: settings with several values; their product are the cells.
         metric: column of a run's summary, or of its last round, that is compared; with a target, of its rows.
@@ -166,20 +167,28 @@ def _arm(name: str, value: Any) -> Arm:
     if isinstance(value, Mapping):
         unknown = set(value) - set(Arm.__dataclass_fields__)
         if unknown:
-            raise ValueError(f"arms.{name} has no {sorted(unknown)[0]!r}; it may have set, tune, like and reseed")
+            raise ValueError(
+                f"arms.{name} has no {sorted(unknown)[0]!r}; it may have set, tune, like, reseed and replays"
+            )
         return Arm(**_tuples(value))
     return Arm(set=tuple(value))
 
 
 def _resolved(name: str, arms: Mapping[str, Arm]) -> Arm:
     arm = arms[name]
+    if arm.replays is not None and (arm.replays not in arms or arms[arm.replays].replays is not None):
+        raise ValueError(f"arms.{name} replays {arm.replays!r}, which is no arm that runs by itself")
+    if arm.replays is not None and arm.like is None:
+        raise ValueError(
+            f"arms.{name} replays runs of the report, so that a search has none; say whose choice it takes"
+        )
     if arm.like is None:
         return arm
     if arm.like not in arms or arms[arm.like].like is not None:
         raise ValueError(f"arms.{name} is like {arm.like!r}, which is no arm of its own")
     if arm.tune:
         raise ValueError(f"arms.{name} takes the choice of {arm.like}; leave tune out")
-    return Arm(set=tuple(merged(arms[arm.like].set, arm.set)), like=arm.like, reseed=arm.reseed)
+    return replace(arm, set=tuple(merged(arms[arm.like].set, arm.set)))
 
 
 def _claim(value: Mapping[str, Any], arms: Mapping[str, Arm]) -> Claim:
