@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fedsim.contracts import State
 from fedsim.errors import UserError
+from fedsim.files import save_tensors
 
 _MANIFEST = re.compile(r"round-(\d+)\.json")
 
@@ -43,7 +44,7 @@ def save(folder: Path, round: int, state: State, *, keep: int = 2) -> None:
     stem = folder / f"round-{round:08d}"
     partial = stem.with_suffix(".partial")
     try:
-        save_file(tensors, partial)
+        save_tensors(tensors, partial)
         size = partial.stat().st_size
         os.replace(partial, stem.with_suffix(".safetensors"))
         partial.write_text(json.dumps({"round": round, "bytes": size, "state": tree}))

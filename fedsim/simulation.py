@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedsim import checkpoint
@@ -24,7 +23,7 @@ from fedsim.engine.precision import emulated
 from fedsim.engine.rounds import AllUpdatesBad, BadUpdate
 from fedsim.errors import ClientError, UserError
 from fedsim.experiment import Experiment
-from fedsim.files import atomic
+from fedsim.files import atomic, save_tensors
 from fedsim.folder import locked, storage
 from fedsim.loop import Loop
 from fedsim.metrics.records import RoundLog, write_json
@@ -271,7 +270,7 @@ def _write_model(experiment: Experiment, loop: Loop, folder: Path) -> None:
         if name not in task.local.names:
             tensors[name] = value.detach().to("cpu", copy=True).contiguous()
     partial = folder / ".model.tmp"
-    save_file(tensors, partial)
+    save_tensors(tensors, partial)
     partial.replace(folder / "model.safetensors")
 
 

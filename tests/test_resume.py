@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+from safetensors import SafetensorError
 
 from fedsim import simulation
 from fedsim.config import compose
@@ -227,17 +229,17 @@ def test_no_space_left_loses_no_finished_round(importable, monkeypatch):
     settings = [*BASE[:3], "model=logreg", "num_rounds=8", *BASE[-4:], "strategy=fedadam"]
     whole, folder = importable / "whole", importable / "full"
     simulation.run(compose([*settings, f"hydra.run.dir={whole}"]), Observer())
-    real, calls = checkpoint.save_file, []
+    real, calls = safetensors.torch.save_file, []
 
     def full(tensors, path):
         calls.append(1)
         if len(calls) == 2:
             Path(path).write_bytes(b"\0" * 100)
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            raise SafetensorError(f"Error while serializing: I/O error: No space left (os error {errno.ENOSPC})")
         real(tensors, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(safetensors.torch, "save_file", full)
         with pytest.raises(RuntimeError, match=r"no space left on the device of .*full.*fedsim run resume="):
             simulation.run(compose([*settings, f"hydra.run.dir={folder}"]), Observer())
     assert checkpoint.rounds(folder / "checkpoints") == [3]

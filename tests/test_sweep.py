@@ -333,7 +333,20 @@ def test_a_person_is_sent_to_the_command_that_does_it(tmp_path):
     (tmp_path / plan.FILE).write_text("{}")
     with pytest.raises(UserError, match=r"it is a sweep's: fedsim sweep resume="):
         load(tmp_path)
-    with pytest.raises(UserError, match=r"holds no runs.*; it is a sweep's or replicas': go on with them by resume="):
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "said"),
+    [
+        ("trials.json", ["seed=1,2"], "its sweep ended early, go on with: fedsim sweep resume="),
+        ("trials.json", ["seed=1", "replicas=3"], "its replicas ended early, go on with: fedsim run resume="),
+        ("search/trials.json", ["client.lr=1,2"], "its search ended early, go on with: fedsim tune resume="),
+    ],
+)
+def test_a_report_of_what_was_killed_early_names_the_command_that_goes_on(tmp_path, file, words, said):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(json.dumps({"words": words}))
+    with pytest.raises(UserError, match=f"holds no runs: .*; {said}{tmp_path}$"):
         read_runs([tmp_path])
 
 

@@ -20,13 +20,13 @@ from flwr.clientapp import ClientApp as ClientApp
 from flwr.serverapp import Grid
 from flwr.serverapp import ServerApp as ServerApp
 from flwr.serverapp.strategy import Strategy
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fedsim.contracts import Rule
 from fedsim.flower.records import FlatRecord, TrainMessages
 from fedsim.flower.replies import CLIENT as CLIENT
 from fedsim.flower.strategy import RuleStrategy, as_flat
+from fedsim.files import save_tensors
 from fedsim.layout import Layout
 from fedsim.metrics.records import RoundLog
 
@@ -159,7 +159,7 @@ def server_app(make: Callable[[], Served]) -> ServerApp:
         if isinstance(shell, Deployed) and names:
             split = buffer_layout.split(shell.buffers)
             tensors |= {name: split[name].cpu().contiguous() for name in names}
-        save_file(tensors, folder / "model.safetensors")
+        save_tensors(tensors, folder / "model.safetensors")
 
     return app
 

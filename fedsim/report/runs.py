@@ -15,6 +15,7 @@ import yaml
 
 from fedsim.errors import UserError
 from fedsim.metrics.records import RoundLog
+from fedsim.misfit import quoted
 from fedsim.quantities import flat
 
 Float = npt.NDArray[np.float64]
@@ -94,13 +95,24 @@ def read(folders: Sequence[Path]) -> list[Run]:
         inside = list(_run_folders(folder, _MAX_DEPTH)) if folder.is_dir() else []
         if not inside:
             what = "holds no runs: no config.yaml with rounds.jsonl" if folder.is_dir() else "no such folder"
-            begun = folder / "trials.json"
-            hint = "; it is a sweep's or replicas': go on with them by resume=" if begun.is_file() else ""
-            raise UserError(f"{folder}: {what}{hint}{folder if hint else ''}")
+            raise UserError(f"{folder}: {what}{_how_to_go_on(folder)}")
         found.update(dict.fromkeys(path.resolve() for path in inside))
     paths = sorted(found, key=lambda path: [(not part.isdigit(), part.rjust(12, "0")) for part in path.parts])
     names = _short([path.parts for path in paths])
     return [_read(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def _how_to_go_on(folder: Path) -> str:
+    """Name the command that makes runs of a folder whose sweep, search or replicas ended before their first rounds."""
+    if (folder / "search" / "trials.json").is_file():
+        verb, what = "tune", "search"
+    elif (folder / "trials.json").is_file():
+        words = json.loads((folder / "trials.json").read_text(encoding="utf-8")).get("words", ())
+        replicas = any(word.lstrip("+").startswith("replicas=") for word in words)
+        verb, what = ("run", "replicas") if replicas else ("sweep", "sweep")
+    else:
+        return ""
+    return f"; its {what} ended early, go on with: fedsim {verb} {quoted('resume', str(folder))}"
 
 
 def num_unread(folders: Sequence[Path]) -> int:
