@@ -9,7 +9,10 @@ from typing import Any
 from torch import nn
 
 from fedsim.engine.kernels import FusedConv2d, FusedEmbedding, FusedGroupNorm, FusedLinear
+from fedsim.engine.recurrent import FusedGRU, FusedRecurrent
 from fedsim.engine.rows import Rows
+from fedsim.engine.unrolled import plain_recurrent
+from fedsim.models.char_gru import GRU
 
 
 def _plain_linear(layer: nn.Module) -> bool:
@@ -33,6 +36,8 @@ KERNELS: tuple[tuple[Callable[[nn.Module], bool], Any], ...] = (
     (_plain_convolution, FusedConv2d),
     (_plain_norm, FusedGroupNorm),
     (_plain_embedding, FusedEmbedding),
+    (plain_recurrent, FusedRecurrent),
+    (lambda layer: type(layer) is GRU, FusedGRU),  # with the two linear layers in it
 )
 
 
@@ -45,14 +50,18 @@ def convert(module: nn.Module) -> tuple[nn.Module, Rows] | None:
     if len(names) != len(list(module.parameters())) or list(module.buffers()):
         return None
     rows, fused = Rows(), copy.deepcopy(module)
+    inside: set[nn.Module] = set()  # layers of what has been converted as a whole
     for name, layer in list(fused.named_modules()):
-        if not list(layer.parameters(recurse=False)):
+        if layer in inside:
             continue
         kind = next((kernel for fits, kernel in KERNELS if fits(layer)), None)
         if kind is None:
-            return None
+            if list(layer.parameters(recurse=False)):
+                return None
+            continue
         if not name:
             return kind(rows, "", layer), rows
+        inside.update(layer.modules())
         parent, _, child = name.rpartition(".")
         setattr(fused.get_submodule(parent), child, kind(rows, f"{name}.", layer))
     return fused, rows

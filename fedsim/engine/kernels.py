@@ -24,7 +24,7 @@ class _Affine(torch.autograd.Function):
     """y (R, B, O) = x (R, B, I) Wᵀ + b."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, layer: FusedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, token: Tensor, layer: Product) -> Tensor:
         ctx.layer, ctx.x = layer, x
         ctx.weight, ctx.moves = layer.rows.get(layer.weight)
         ctx.bias, ctx.bias_moves = layer.rows.get(layer.bias)
@@ -44,18 +44,25 @@ class _Affine(torch.autograd.Function):
         return back, None, None
 
 
-class FusedLinear(nn.Module):
-    """`nn.Linear` for merged rows; extra middle axes are samples."""
+class Product(nn.Module):
+    """x Wᵀ + b for merged rows, by the names of W and b; extra middle axes are samples."""
 
-    def __init__(self, rows: Rows, name: str, layer: nn.Linear) -> None:
+    def __init__(self, rows: Rows, weight: str, bias: str) -> None:
         super().__init__()
-        self.rows, self.weight, self.bias = rows, f"{name}weight", f"{name}bias"
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.rows, self.weight, self.bias = rows, weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (R·B, …, O) of x (R·B, …, I)."""
-        y: Tensor = _Affine.apply(x.reshape(self.rows.count, -1, self.in_features), self.rows.token, self)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], self.out_features)
+        y: Tensor = _Affine.apply(x.reshape(self.rows.count, -1, x.shape[-1]), self.rows.token, self)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class FusedLinear(Product):
+    """`nn.Linear` for merged rows."""
+
+    def __init__(self, rows: Rows, name: str, layer: nn.Linear) -> None:
+        super().__init__(rows, f"{name}weight", f"{name}bias")
+        self.in_features, self.out_features = layer.in_features, layer.out_features  # which models read
 
 
 class _Convolve(torch.autograd.Function):

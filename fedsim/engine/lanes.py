@@ -17,6 +17,7 @@ from fedsim.engine.gradients import FusedGradient, GenericGradient, Gradient
 from fedsim.engine.model import Functional
 from fedsim.engine.situation import Situation
 from fedsim.engine.task import BUFFER, LOCAL, Task
+from fedsim.engine.unrolled import unrolled
 from fedsim.layout import Params
 
 _INSIDE = re.compile(r"/(torch|fedsim/engine)/")  # files that are not the user's
@@ -38,7 +39,8 @@ def lanes(task: Task, kernels: str, count: int) -> list[Gradient]:
     mixes = mixes_samples(task)
     # A copy each: `functional_call` swaps parameters in the module it runs. First of all, for a merged forward would
     # pass over a branch on a tensor's value, which `vmap` refuses.
-    generic = [GenericGradient(task, copy.deepcopy(task.module), mixes_samples=mixes) for _ in range(count)]
+    copies = (unrolled(copy.deepcopy(task.module)) for _ in range(count))
+    generic = [GenericGradient(task, module, mixes_samples=mixes) for module in copies]
     _same_logits(task, generic[0])
     if kernels != "generic" and not generic[0].whole:
         fused = [
