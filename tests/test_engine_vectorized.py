@@ -22,12 +22,14 @@ from fedsim.engine.rounds import Trainer
 from fedsim.engine.sequential import Sequential
 from fedsim.engine.store import ClientStore
 from fedsim.engine.task import LOCAL, Job, Task
+from fedsim.engine.unrolled import Unrolled, unrolled
 from fedsim.engine.vectorized import Vectorized
 from fedsim.errors import UserError
 from fedsim.layout import Layout
 from fedsim.local import LocalTraining
-from fedsim.models.char_gru import char_gru
+from fedsim.models.char_gru import GRU, char_gru
 from fedsim.models.cnn import cnn
+from fedsim.models.dropout import KeyedDropout
 from fedsim.models.mlp import mlp
 from fedsim.models.parameters import split_parameters
 from fedsim.models.resnet import resnet8
@@ -162,6 +164,95 @@ def test_every_model_trains_as_alone(name, kernels):
 )
 def test_margin_and_proximal_terms(objective, training, kernels):
     compare(objective, training=TRAININGS[training], kernels=kernels)
+
+
+class Recurrent(nn.Module):
+    """Tokens through an embedding, a recurrent layer and dropout; `read` says what of the layer's results is used."""
+
+    def __init__(self, layer, read=lambda states, last: states[:, -1], dropout=0.0, calls=1):
+        super().__init__()
+        self.table, self.layer, self.head = nn.Embedding(9, 4), layer, nn.Linear(4, 9)
+        self.drop, self.read, self.calls = KeyedDropout(dropout), read, calls
+
+    def forward(self, x):
+        h, last = self.table(x), None
+        for _ in range(self.calls):
+            results = self.layer(self.drop(h))
+            h, last = results if isinstance(results, tuple) else (results, None)
+        return self.head(self.read(h, last))
+
+
+RECURRENT = {
+    "own gru": lambda: Recurrent(GRU(4, 4), dropout=0.3),
+    "own gru, used twice": lambda: Recurrent(GRU(4, 4), calls=2),
+    "gru": lambda: Recurrent(nn.GRU(4, 4, 2, batch_first=True), lambda states, last: states.mean(1) + last[0]),
+    "lstm": lambda: Recurrent(nn.LSTM(4, 4, 2, batch_first=True), lambda states, last: states.sum(1) + last[0][-1]),
+    "gru without biases": lambda: Recurrent(nn.GRU(4, 4, bias=False, batch_first=True)),
+    "lstm, time first": lambda: Recurrent(
+        nn.Sequential(Swap(), nn.LSTM(4, 4)), lambda states, last: states[-1], dropout=0.2
+    ),
+}
+
+
+class Swap(nn.Module):
+    def forward(self, x):
+        return x.transpose(0, 1)
+
+
+@pytest.mark.parametrize("kernels", ["fused", "generic"])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_train_as_alone(name, kernels):
+    compare(CrossEntropy, "char_gru", kernels=kernels, module=RECURRENT[name]())
+
+
+@pytest.mark.parametrize("training", ["decay", "momentum", "clipped", "adamw", "whole"])
+@pytest.mark.parametrize("name", ["own gru", "lstm"])
+def test_recurrent_kernels_under_every_optimiser(name, training):
+    compare(lambda: FedProx(proximal_mu=0.4), "char_gru", TRAININGS[training], "fused", module=RECURRENT[name]())
+
+
+@pytest.mark.parametrize("name", ["own gru", "lstm"])
+def test_recurrent_kernels_with_frozen_and_local_parameters(name):
+    module = RECURRENT[name]()
+    compare(CrossEntropy, "char_gru", kernels="fused", module=module, trainable=["layer"])
+    compare(CrossEntropy, "char_gru", kernels="fused", module=module, trainable=["head", "table"])
+    compare(CrossEntropy, "char_gru", kernels="fused", module=module, local="layer", rounds=2)
+
+
+def test_a_model_that_reads_an_lstms_cells_is_batched_but_not_merged():
+    module = Recurrent(nn.LSTM(4, 4, batch_first=True), lambda states, last: last[1][-1])
+    task, _ = make_task("char_gru", module=module)
+    assert Vectorized(task).plan["kernels"] == "generic"
+    compare(CrossEntropy, "char_gru", module=module)
+
+
+class ReadsAWeight(nn.Module):
+    """Uses a layer's weight without the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return nn.functional.linear(x, 2 * self.layer.weight, self.layer.bias)
+
+
+def test_a_model_that_reads_a_layers_weight_itself_is_batched_but_not_merged():
+    task, _ = make_task(module=ReadsAWeight())
+    assert Vectorized(task).plan["kernels"] == "generic"
+    compare(CrossEntropy, module=ReadsAWeight())
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_an_unrolled_layer_is_torchs_own(kind, batch_first):
+    torch.manual_seed(0)
+    layer = kind(3, 4, num_layers=2, batch_first=batch_first, dtype=torch.float64)
+    x, zero = torch.randn(5, 6, 3, dtype=torch.float64), torch.randn(2, 5 if batch_first else 6, 4, dtype=torch.float64)
+    first = zero if kind is nn.GRU else (zero, 2 * zero)
+    for state in (None, first):
+        torch.testing.assert_close(Unrolled(layer)(x, state), layer(x, state), rtol=1e-12, atol=1e-12)
+    assert unrolled(nn.Sequential(layer)).state_dict().keys() == nn.Sequential(layer).state_dict().keys()
 
 
 def test_float32_agrees_to_its_own_digits():

@@ -13,6 +13,7 @@ from fedsim.engine.table import COSTS, Cost, Shapes, microseconds, shapes
 from fedsim.engine.task import Task
 from fedsim.layout import Layout
 from fedsim.local import LocalTraining
+from fedsim.models.char_gru import char_gru
 from fedsim.models.mlp import mlp
 
 
@@ -123,3 +124,31 @@ def test_the_same_shapes_get_the_same_engine_whatever_the_weights_and_the_data()
         plans.append((dict(engine.plan), why))
         engine.close()
     assert plans[0] == plans[1]
+
+
+def recurrent(cohort, hidden=8):
+    x = torch.zeros(200, 20, dtype=torch.int64)
+    return make_task(char_gru((20,), 9, embedding=4, hidden=hidden), x, [10] * cohort)
+
+
+def test_a_recurrent_layer_reads_its_weights_once_for_every_token():
+    found = shapes(recurrent(3), cohort=3, threads=1)
+    assert found.again == 6 * 19 * 8 * 24  # 20 tokens; what reads the input is one product
+    assert found.fused is not None
+    operations, again = found.fused
+    assert again == 2 * 19 * 8 * 24  # and moves them in one product
+    assert operations < 10 * 20
+    assert shapes(network(4), cohort=3, threads=1).fused is None
+
+
+def test_a_cohort_of_recurrent_models_is_batched():
+    engine, _ = make_engine(recurrent(40), "auto", cohort=40, threads=1)
+    assert engine.plan["kernels"] == "fused"
+    engine.close()
+
+
+def test_a_captured_step_costs_what_its_forward_and_backward_have(unit, monkeypatch):
+    monkeypatch.setitem(COSTS, "captured", UNIT)
+    counted = given()._replace(recorded=11, again=5000, fused=(7, 10000))
+    assert microseconds("captured", counted) == pytest.approx(4 * 6 * (100 + 11 * 10 + 9 + 1))
+    assert microseconds("fused", counted, 6) == pytest.approx(4 * (100 + 7 * 10 + 6 * (9 + 2)))

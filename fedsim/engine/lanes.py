@@ -43,15 +43,22 @@ def lanes(task: Task, kernels: str, count: int) -> list[Gradient]:
     generic = [GenericGradient(task, module, mixes_samples=mixes) for module in copies]
     _same_logits(task, generic[0])
     if kernels != "generic" and not generic[0].whole:
-        fused = [
-            FusedGradient(task, *pair) for pair in (convert(task.module) for _ in range(count)) if pair is not None
-        ]
-        if fused and _same_logits(task, fused[0]):
-            return list(fused)
+        fused = [_fused(task) for _ in range(count)]
+        if fused[0] is not None and _same_logits(task, fused[0]):
+            return [gradient for gradient in fused if gradient is not None]
     if kernels == "fused":
         raise ValueError("kernels=fused: a layer has no fused kernel, or the objective has a loss of its own")
     _try_loss(task, generic[0])
     return list(generic)
+
+
+def _fused(task: Task) -> FusedGradient | None:
+    """Return a gradient by fused kernels; None where a layer has none, or the merged forward does not run."""
+    pair = convert(task.module)
+    try:
+        return None if pair is None else FusedGradient(task, *pair)
+    except Exception:  # it runs by itself; so it reads what fused layers do not have
+        return None
 
 
 def _two_rows(task: Task) -> tuple[Params, Tensor]:

@@ -17,7 +17,7 @@ from fedsim.engine.kernels import Product
 from fedsim.engine.rows import Rows
 
 
-class _Cell(nn.Module):
+class Steps(nn.Module):
     """The recurrent product of one layer, weights (R, G·H, H) and biases (R, G·H) of G gates."""
 
     function: Any
@@ -55,7 +55,7 @@ class _GRUSteps(torch.autograd.Function):
     """r, z = σ(x_rz + W_rz h), n = tanh(x_n + r (W_n h + b_n)), h ← n + z (h − n)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, layer: _Cell) -> Tensor:
+    def forward(ctx: Any, x: Tensor, token: Tensor, layer: Steps) -> Tensor:
         layer.read(ctx)
         rows, length, batch, size = *x.shape[:3], x.shape[3] // 3
         h = x.new_zeros(rows, length + 1, batch, size)
@@ -99,7 +99,7 @@ class _LSTMSteps(torch.autograd.Function):
     """i, f, o = σ(x + W h), g = tanh(x + W h), c ← f c + i g, h ← o tanh(c); gates in the order i, f, g, o."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, layer: _Cell) -> Tensor:
+    def forward(ctx: Any, x: Tensor, token: Tensor, layer: Steps) -> Tensor:
         layer.read(ctx)
         rows, length, batch, size = *x.shape[:3], x.shape[3] // 4
         h, c = x.new_zeros(2, rows, length + 1, batch, size)
@@ -137,11 +137,11 @@ class _LSTMSteps(torch.autograd.Function):
         return slopes, None, None
 
 
-class _GRUCell(_Cell):
+class _GRUCell(Steps):
     function = _GRUSteps
 
 
-class _LSTMCell(_Cell):
+class _LSTMCell(Steps):
     function = _LSTMSteps
 
 

@@ -1,7 +1,9 @@
 """The table that `engine=auto` decides by on a CPU: what a round costs each engine, counted from shapes.
 
 A round's cost is that of its programs (a step of one client, or of all rows of a chunk that have one), of the
-operations in them, and of the parameters and products of each client's step. The unit costs were fitted to what
+operations in them, and of the parameters and products of each client's step. A recurrent layer reads its weights again
+for every token, in forward and backward, and autograd writes a gradient each time and adds it to the others: six passes
+over the weights; kernels that move them in one product at the end do two. The unit costs were fitted to what
 `python -m benchmarks auto` measured on one core of an Intel Xeon with AVX-512; on another processor they scale more or
 less together, and what matters here are their ratios. Nothing is timed in a run: equal shapes, equal choice.
 """
@@ -9,20 +11,27 @@ less together, and what matters here are their ratios. Nothing is timed in a run
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
+from fedsim.engine.fused import convert
 from fedsim.engine.record import Watch
+from fedsim.engine.recurrent import Steps
 from fedsim.engine.task import Task
+from fedsim.layout import Params
 
 
 class Cost(NamedTuple):
     """Microseconds of an engine's units, forward and backward together."""
 
     step: float  # of a program, whatever its rows
-    operation: float  # in a program's forward
+    operation: float  # in a program's forward; of a captured step, in forward and backward
     parameter: float  # of one that a client's step reads and moves
     product: float  # of a multiplication of a client's step
     convolution: float  # of one in a convolution
@@ -30,10 +39,14 @@ class Cost(NamedTuple):
 
 COSTS = {
     "sequential": Cost(60.0, 20.0, 1.2e-3, 60e-6, 60e-6),
-    "captured": Cost(32.0, 3.2, 0.5e-3, 40e-6, 50e-6),
+    "captured": Cost(32.0, 1.05, 0.5e-3, 40e-6, 50e-6),
     "fused": Cost(300.0, 17.0, 1.8e-3, 60e-6, 250e-6),
     "generic": Cost(450.0, 33.0, 2.5e-3, 80e-6, 120e-6),
 }
+
+
+AGAIN = 0.2e-3  # microseconds of a pass over a parameter in a step that has read it before, on every engine
+PASSES = 6  # of autograd for a weight's every further use: two readings, a gradient written, and added (2 in, 1 out)
 
 
 class Shapes(NamedTuple):
@@ -46,6 +59,9 @@ class Shapes(NamedTuple):
     steps: np.ndarray[tuple[int], np.dtype[np.int64]]  # of the clients that can be sampled (P,)
     cohort: int
     threads: int
+    recorded: int = 0  # operations of a forward and its backward
+    again: int = 0  # parameters passed over, where a step uses them more than once
+    fused: tuple[int, int] | None = None  # operations and `again`, where fused kernels have their own
 
 
 def shapes(task: Task, cohort: int, threads: int) -> Shapes:
@@ -53,9 +69,17 @@ def shapes(task: Task, cohort: int, threads: int) -> Shapes:
     sizes = task.partition.sizes[task.partition.sizes > 0]  # (P,)
     steps = task.training.num_steps(sizes) if len(sizes) else np.ones(1, dtype=np.int64)
     batch = min(task.training.batch_size or math.inf, float(sizes.mean()) if len(sizes) else 1.0)
-    operations, products, convolutions = _count(task)
-    size = task.shared.size + task.local.size
-    return Shapes(size, operations, products * batch, convolutions * batch, steps, cohort, threads)
+    params = {name: p.detach() for name, p in task.module.named_parameters()}
+    with _evaluating(task.module) as module:
+        count, both = _Counter(params), _Counter(params)
+        count.forward(module, task.x[:2])
+        both.backward(module, task.x[:2])
+    size, num = task.shared.size + task.local.size, len(task.x[:2])
+    products, convolutions = count.products / num * batch, count.convolutions / num * batch
+    return Shapes(
+        size, max(1, count.operations), products, convolutions, steps, cohort, threads, both.operations,
+        PASSES * count.again(count.reads), _fused(task),
+    )  # fmt: skip
 
 
 def microseconds(engine: str, given: Shapes, chunk: int = 1) -> float:
@@ -68,23 +92,81 @@ def microseconds(engine: str, given: Shapes, chunk: int = 1) -> float:
 
     """
     cost, cohort = COSTS[engine], given.cohort
+    operations, again = given.operations, given.again
+    if engine == "fused" and given.fused is not None:
+        operations, again = given.fused
+    elif engine == "captured":
+        operations = given.recorded
     rows = min(chunk, cohort)
     programs = math.ceil(cohort / rows)
     # Longest clients first: a chunk takes as many steps as its longest client, the first one as many as anybody.
     spread = given.steps.max() / given.steps.mean()
     longest = 1.0 if rows == 1 else 1 + (spread - 1) / programs
-    own = cost.parameter * given.parameters + cost.product * given.products + cost.convolution * given.convolutions
-    total = programs * longest * (cost.step + cost.operation * given.operations) + cohort * own
+    own = cost.parameter * given.parameters + AGAIN * again
+    own += cost.product * given.products + cost.convolution * given.convolutions
+    total = programs * longest * (cost.step + cost.operation * operations) + cohort * own
     side_by_side = 1 if engine == "sequential" else min(given.threads, programs)
     return float(given.steps.mean() * total / side_by_side)
 
 
-class _Counter(Watch):  # type: ignore[no-untyped-call]
-    """Counts what a forward does, as torch's own kernels are called for it."""
+def _fused(task: Task) -> tuple[int, int] | None:
+    """Count the fused program of one row; None where a layer has no kernel, or the merged forward does not run."""
+    pair = convert(task.module)
+    if pair is None or not any(isinstance(layer, Steps) for layer in pair[0].modules()):
+        return None  # or counts as the module does
+    module, rows = pair
+    params = {name: p.detach() for name, p in task.module.named_parameters()}
+    rows.count, rows.params = 1, {name: p.unsqueeze(0) for name, p in params.items()}
+    try:
+        with _evaluating(module):
+            count = _Counter(params)
+            count.forward(module, task.x[:2])
+    except Exception:  # what a merged forward cannot do is refused, with the reason, where engines are made
+        return None
+    # A reading of the forward comes with one of the backward; each of a layer's calls adds to the gradient, in and out.
+    calls = {_place(rows.params[name]): number for name, number in rows.calls.items() if name in rows.params}
+    return max(1, count.operations), 2 * count.again(count.reads) + 2 * count.again(calls)
 
-    def __init__(self) -> None:
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[nn.Module]:
+    training = module.training
+    module.eval()
+    try:
+        yield module
+    finally:
+        module.train(training)
+
+
+class _Counter(Watch):  # type: ignore[no-untyped-call]
+    """Counts what a forward does, as torch's own kernels are called for it.
+
+    Args:
+        params: whose readings are counted.
+
+    """
+
+    def __init__(self, params: Params) -> None:
         super().__init__()
         self.operations, self.products, self.convolutions = 0, 0.0, 0.0
+        self.sizes = {_place(value): value.numel() for value in params.values()}
+        self.reads: Counter[int] = Counter()  # by products and convolutions, of each place
+
+    @torch.no_grad()
+    def forward(self, module: nn.Module, x: Tensor) -> None:
+        """Count a forward."""
+        with self:
+            module(x)
+
+    @torch.enable_grad()
+    def backward(self, module: nn.Module, x: Tensor) -> None:
+        """Count a forward and the gradient of the sum of its logits."""
+        with self:
+            torch.autograd.grad(module(x).sum(), [p for p in module.parameters() if p.requires_grad], allow_unused=True)
+
+    def again(self, times: Mapping[int, int]) -> int:
+        """Return the entries of parameters times how often beyond once they are used."""
+        return sum(self.sizes[place] * (count - 1) for place, count in times.items() if count > 1)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -96,21 +178,19 @@ class _Counter(Watch):  # type: ignore[no-untyped-call]
         self.operations += 1
         name = func.overloadpacket.__name__
         if name in ("mm", "addmm", "bmm", "baddbmm"):
-            left = args[1] if name in ("addmm", "baddbmm") else args[0]
+            left, right = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
             self.products += out.numel() * left.shape[-1]
+            self._read(right)
         elif name == "convolution":
             self.convolutions += out.numel() * args[1].numel() / args[1].shape[0]
+            self._read(args[1])
         return out
 
+    def _read(self, operand: Tensor) -> None:
+        place = _place(operand)
+        if place in self.sizes:
+            self.reads[place] += 1
 
-@torch.no_grad()
-def _count(task: Task) -> tuple[int, float, float]:
-    """Return the operations of a forward, and the multiplications of one sample in products and convolutions."""
-    training, x = task.module.training, task.x[:2]
-    task.module.eval()
-    try:
-        with _Counter() as counter:
-            task.module(x)
-    finally:
-        task.module.train(training)
-    return max(1, counter.operations), counter.products / len(x), counter.convolutions / len(x)
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -49,7 +49,9 @@ class Unrolled(nn.Module):
         ends = []
         for k in range(self.num_layers):
             mine: States = tuple(each[k] for each in first)
-            own = {name: getattr(self, f"{name}_l{k}", None) for name in ("weight_ih", "bias_ih", "weight_hh", "bias_hh")}
+            own = {
+                name: getattr(self, f"{name}_l{k}", None) for name in ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
+            }
             outputs = []
             for x_t in functional.linear(x, own["weight_ih"], own["bias_ih"]).unbind(0):
                 mine = step(x_t, functional.linear(mine[0], own["weight_hh"], own["bias_hh"]), mine)
