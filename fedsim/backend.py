@@ -130,14 +130,14 @@ class EngineBackend:
         sizes = self.test.sizes[clients]  # (K,)
         personal = any(name.startswith((LOCAL, BUFFER)) for name in self.task.store.first)
         if models.dim() == 1 and not personal:
-            tested = np.concatenate([self.test.of(int(k)) for k in clients])
+            tested = np.concatenate([self._tested(int(k), round) for k in clients])
             result = predict(self.task, models, torch.from_numpy(tested).to(self.task.device), buffers=self.buffers)
             loss, correct = result.loss, result.correct
         else:
             rows = []
             for k, w in zip(clients.tolist(), models.expand(len(clients), -1), strict=True):
                 local, buffers = own_parts(self.task, k, self.buffers)
-                positions = torch.from_numpy(self.test.of(k)).to(self.task.device)
+                positions = torch.from_numpy(self._tested(k, round)).to(self.task.device)
                 rows.append(predict(self.task, w, positions, buffers=buffers, local=local))
             loss, correct = torch.cat([r.loss for r in rows]), torch.cat([r.correct for r in rows])
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)])).to(loss.device)
@@ -146,3 +146,8 @@ class EngineBackend:
             "eval_loss": segment_means(loss, offsets).nan_to_num().cpu().numpy(),
             "eval_acc": segment_means(correct, offsets).nan_to_num().cpu().numpy(),
         }
+
+    def _tested(self, client: int, round: int) -> Int64:
+        """Return where a client's test samples (n,) lie in a round."""
+        mine = self.test.of(client)
+        return mine if self.task.shift is None else self.task.shift(mine, round)

@@ -10,17 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedsim.build_data import build_data
 from fedsim.build_model import build_model, build_task, initial_buffers, initial_weights, num_cores, seed_of
-from fedsim.build_uplink import build_adversary, build_uplink, check_uplink
+from fedsim.build_uplink import build_uplink, check_uplink
 from fedsim.config import Config, instantiate, plain, settings
 from fedsim.contracts import Dataset, Partition
-from fedsim.data.check import check_dataset
-from fedsim.data.kept import kept
-from fedsim.data.splits import ClientSplits, chosen, split_clients, validation_split
+from fedsim.data.splits import ClientSplits
 from fedsim.engine.mimic import Mimic
 from fedsim.engine.precision import refusal, set_tf32
-from fedsim.engine.processes import start_server
-from fedsim.engine.shared import share
 from fedsim.engine.task import Task, placed
 from fedsim.errors import UserError
 from fedsim.experiment import Experiment, cohort_size
@@ -28,7 +25,6 @@ from fedsim.flower.client import FlowerApp
 from fedsim.local import LocalTraining
 from fedsim.modes.sync import Sync
 from fedsim.plan import check_cohort, check_evaluation, planned, planned_engine
-from fedsim.rng import generator
 from fedsim.settings import Run
 from fedsim.timing import timed
 
@@ -53,11 +49,8 @@ def build(config: Config, parts: Parts | None = None, saved: Mapping[str, Any] |
     _check_parts(parts)
     run = settings(config)
     device, dtype = _machine(run)
-    dataset, partition, local = _shared_data(config, parts, device)
-    splits = local.at(dataset.splits["train"])
-    adversary = build_adversary(config, parts, splits, run.seed)
-    if adversary is not None:
-        dataset = adversary.poison(dataset, splits.train)
+    built = build_data(config, parts, share_samples=device.type == "cpu")
+    dataset, partition, local, splits, adversary = built[:5]
     client, training = _client(config, parts)
     strategy = _bound(parts.get("strategy") or _strategy(config, splits, run), local_training=training)
     if getattr(strategy, "local_buffers", False):
@@ -67,6 +60,7 @@ def build(config: Config, parts: Parts | None = None, saved: Mapping[str, Any] |
     if getattr(strategy, "pooled", False):
         train = Partition(train.indices, np.array([0, len(train.indices)]))
     task = build_task(dataset, train, model.to(device, dtype), names, (client, training), run)
+    task = replace(task, shift=built.shift)
     uplink = build_uplink(config, parts, task, adversary)
     if "mimic" in getattr(strategy, "needs", ()):
         strategy = _bound(strategy, mimic=Mimic.of(task))
@@ -90,6 +84,8 @@ def build(config: Config, parts: Parts | None = None, saved: Mapping[str, Any] |
         clients = client.clients(
             task.shared, splits.train.num_clients, seed=run.seed, on_client_error=run.on_client_error
         )
+        if built.shift is not None:
+            raise UserError("shift replaces the samples of fedsim's own clients; with client=flower_app use shift=none")
         experiment = replace(experiment, foreign=clients)
     if uplink is not None:
         check_uplink(uplink, strategy, foreign=experiment.foreign is not None)
@@ -97,50 +93,6 @@ def build(config: Config, parts: Parts | None = None, saved: Mapping[str, Any] |
     check_cohort(experiment)
     check_evaluation(experiment)
     return experiment
-
-
-def _shared_data(config: Config, parts: Parts, device: torch.device) -> tuple[Dataset, Partition, ClientSplits]:
-    """Load the data, where processes train into the one copy that all of them see."""
-    if config.engine.name != "processes":
-        return data(config, parts)
-    start_server()  # workers load while the data does
-    dataset, partition, local = data(config, parts)
-    if device.type == "cpu":
-        dataset = dataset._replace(x=share(dataset.x), y=share(dataset.y))
-    return dataset, partition, local
-
-
-def data(config: Config, parts: Parts | None = None) -> tuple[Dataset, Partition, ClientSplits]:
-    """Load the data and draw the partition; both its parts hold positions into the training split."""
-    parts = parts or {}
-    run = settings(config)
-    dataset = parts.get("data")
-    if not isinstance(dataset, Dataset):
-        source = _without(config.data, "validation")
-        dataset = dataset() if callable(dataset) else kept(source, lambda: instantiate(source, "data"))
-    dataset = check_dataset(dataset)
-    seed = seed_of(config.partition.seed, run)
-    try:
-        dataset = validation_split(dataset, config.data.validation, seed)
-        partitioner = parts.get("partition") or instantiate(
-            _without(config.partition, "seed", "held_out_clients", "local_validation", "local_test"), "partition"
-        )
-        train = dataset.splits["train"]
-        column = dataset.domain if getattr(partitioner, "natural_from", "client") == "domain" else dataset.client
-        labels = chosen(dataset.y.numpy(), train)
-        drawn = partitioner(labels, generator(seed, "partition"), None if column is None else column[train])
-        local = split_clients(
-            drawn, labels, held_out_clients=config.partition.held_out_clients,
-            local_validation=config.partition.local_validation, local_test=config.partition.local_test, seed=seed,
-        )  # fmt: skip
-        if hasattr(partitioner, "corrupt"):
-            touched = local.at(train).join(*getattr(partitioner, "corrupts", ("train", "validation", "test")))
-            dataset = partitioner.corrupt(dataset, touched, generator(seed, "corrupt"))
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"partition: {error}") from error
-    return dataset, drawn, local
 
 
 def _check_parts(parts: Parts) -> None:

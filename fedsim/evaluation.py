@@ -82,26 +82,34 @@ class Evaluator:
             else np.zeros(0, dtype=np.int64)
         )
 
-    def _put(self, positions: Int64) -> Tensor:
+    def _put(self, positions: Int64, round: int | None = None) -> Tensor:
+        """Return positions on the device: where samples lie in a round, or always."""
+        if round is not None and self.task.shift is not None:
+            positions = self.task.shift(positions, round)
         return torch.from_numpy(np.ascontiguousarray(positions)).to(self.task.device)
+
+    def _in(self, positions: Tensor, round: int) -> Tensor:
+        """Return where samples (n,) lie in a round."""
+        return positions if self.task.shift is None else self._put(positions.cpu().numpy(), round)
 
     @property
     def personal(self) -> bool:
         """Whether a client's model differs from the server's: in parameters or in running statistics."""
         return any(name.startswith((LOCAL, BUFFER)) for name in self.task.store.first)
 
-    def global_figures(self, weights: Tensor, buffers: Tensor) -> Figures:
-        """Evaluate the global model on the test and validation splits.
+    def global_figures(self, weights: Tensor, buffers: Tensor, round: int) -> Figures:
+        """Evaluate the global model after a round on the test and validation splits, as they are in that round.
 
         Where models have personal parameters there is no global model: each client's is evaluated on its own
         test samples, and `accuracy` and `loss` are means over the samples of the clients that train.
         """
         if self.personal:
             tested = np.flatnonzero(~self.splits.held_out & (self.splits.test.sizes > 0))
-            result, labels = self._personal(weights, buffers, self.splits.test, tested)
+            result, labels = self._personal(weights, buffers, self.splits.test, tested, round)
             return self._figures(result, labels)
         figures = {}
-        for name, positions in self.server.items():
+        for name, always in self.server.items():
+            positions = self._in(always, round)
             result = predict(self.task, weights, positions, buffers=buffers)
             mine = self._figures(result, self.task.y[positions]) if name == "test" else overall(result)
             figures.update(mine if name == "test" else {f"{name}_{key}": value for key, value in mine.items()})
@@ -118,26 +126,28 @@ class Evaluator:
             figures |= {f"recall_{k}": value for k, value in enumerate(recall.unbind())}
         return figures
 
-    def _personal(self, weights: Tensor, buffers: Tensor, data: Partition, clients: Int64) -> tuple[Outputs, Tensor]:
+    def _personal(
+        self, weights: Tensor, buffers: Tensor, data: Partition, clients: Int64, round: int
+    ) -> tuple[Outputs, Tensor]:
         """Evaluate each client's own model on its own samples, client by client; return (outputs, labels)."""
         parts, labels = [], []
         for client in clients.tolist():
             local, mine = own_parts(self.task, client, buffers)
-            positions = self._put(data.of(client))
+            positions = self._put(data.of(client), round)
             parts.append(predict(self.task, weights, positions, buffers=mine, local=local))
             labels.append(self.task.y[positions])
         return concatenate(parts), torch.cat(labels)
 
-    def client_figures(self, weights: Tensor, buffers: Tensor) -> ClientFigures | None:
+    def client_figures(self, weights: Tensor, buffers: Tensor, round: int) -> ClientFigures | None:
         """Evaluate on each client's own test samples; None where no client has any."""
         data = self.splits.test
         clients = np.flatnonzero(data.sizes > 0)
         if not len(clients):
             return None
         if self.personal:
-            result, _ = self._personal(weights, buffers, data, clients)
+            result, _ = self._personal(weights, buffers, data, clients, round)
         else:
-            result = predict(self.task, weights, self.test, buffers=buffers)
+            result = predict(self.task, weights, self._in(self.test, round), buffers=buffers)
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(data.sizes[clients])])).to(self.task.device)
         mine = per_client(result, offsets)
         accuracy, counts = mine["accuracy"].cpu(), mine["num_samples"].cpu()
@@ -154,16 +164,16 @@ class Evaluator:
                 figures |= {f"{prefix}_{name}": value for name, value in summary.items()}
         columns = {"test_accuracy": accuracy, "test_loss": mine["loss"].cpu(), "num_test_samples": counts}
         if self.tuner is not None:
-            tuned = self._tuned(self.tuner, weights, buffers)
+            tuned = self._tuned(self.tuner, weights, buffers, round)
             figures |= tuned.figures
             everyone = accuracy.new_full((len(self.held_out),), torch.nan)  # (K,)
             everyone[tuned.clients] = tuned.columns["finetuned_accuracy"].to(everyone)
             columns["finetuned_accuracy"] = everyone[clients]
         return ClientFigures(figures, clients, columns)
 
-    def _tuned(self, tuner: FineTuner, weights: Tensor, buffers: Tensor) -> ClientFigures:
+    def _tuned(self, tuner: FineTuner, weights: Tensor, buffers: Tensor, round: int) -> ClientFigures:
         """Test each client's model after some local steps."""
-        accuracy, counts = tuner.accuracies(weights, buffers)
+        accuracy, counts = tuner.accuracies(weights, buffers, round)
         out = self.held_out[tuner.clients]
         figures: Figures = {}
         for prefix, chosen in (("client", ~out), ("held_out", out)):
@@ -172,26 +182,28 @@ class Evaluator:
                 figures |= {f"{prefix}_finetuned_{name}": value for name, value in summary.items()}
         return ClientFigures(figures, tuner.clients, {"finetuned_accuracy": accuracy})
 
-    def decomposition(self, weights: Tensor, buffers: Tensor, cohort: Cohort) -> Figures:
+    def decomposition(self, weights: Tensor, buffers: Tensor, cohort: Cohort, round: int) -> Figures:
         """Split the new model's global loss into local loss, distribution shift and aggregation."""
-        rows = cohort.rows
+        rows, pool = cohort.rows, self._in(self.pool, round)
         local, everywhere = [], []
         for k, client in enumerate(cohort.clients.tolist()):
             w = cohort.models[int(cohort.received[k])] + rows[k].to(weights.device)  # (D,)
-            mine = self._put(self.task.partition.of(client))
+            mine = self._put(self.task.partition.of(client), round)
             local.append(predict(self.task, w, mine, buffers=buffers).loss.double().mean())
-            everywhere.append(predict(self.task, w, self.pool, buffers=buffers).loss.double().mean())
-        total = predict(self.task, weights, self.pool, buffers=buffers).loss.double().mean()
+            everywhere.append(predict(self.task, w, pool, buffers=buffers).loss.double().mean())
+        total = predict(self.task, weights, pool, buffers=buffers).loss.double().mean()
         return decompose(torch.stack(local), torch.stack(everywhere), total, cohort.weights)
 
-    def train_losses(self, weights: Tensor, buffers: Tensor, clients: Int64) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def train_losses(
+        self, weights: Tensor, buffers: Tensor, clients: Int64, round: int
+    ) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Return the mean loss (n,) on the training samples of clients (n,) of the model each would start from."""
         data = self.task.partition
         if self.personal:
-            result, _ = self._personal(weights, buffers, data, clients)
+            result, _ = self._personal(weights, buffers, data, clients, round)
         else:
             positions = np.concatenate([data.of(int(k)) for k in clients])
-            result = predict(self.task, weights, self._put(positions), buffers=buffers)
+            result = predict(self.task, weights, self._put(positions, round), buffers=buffers)
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(data.sizes[clients])])).to(self.task.device)
         losses: np.ndarray[Any, np.dtype[np.float64]] = per_client(result, offsets)["loss"].cpu().numpy()
         return losses

@@ -57,8 +57,8 @@ class Figures:
         """
         evaluator, buffers, evaluation = self.evaluator, self.backend.buffers, self.experiment.evaluation
         due, in_turn = evaluation.due(round, self.experiment.settings.num_rounds), evaluation.due(round, 0)
-        server = evaluator.global_figures(weights, buffers) if due.server else {}
-        clients = evaluator.client_figures(weights, buffers) if due.clients else None
+        server = evaluator.global_figures(weights, buffers, round) if due.server else {}
+        clients = evaluator.client_figures(weights, buffers, round) if due.clients else None
         local = {} if clients is None else clients.figures
         new = {name: float(value) for name, value in {**server, **local}.items()}
         self.known = self.regular | new
@@ -68,12 +68,14 @@ class Figures:
             "accuracy": self.known.get("accuracy"), "loss": self.known.get("loss"), "evaluated": due.server,
         }  # fmt: skip
         row |= new | self.dispatcher.row()
+        if self.backend.task.shift is not None:
+            row["replaced_share"] = self.backend.task.shift.share(self.backend.task.partition.indices, round)
         if cohort is None and self.experiment.foreign is None:
             row["num_participants"] = 0
         if cohort is not None:
             row |= self._cohort(round, cohort, delta) | self.dispatcher.columns(cohort)[0]
             if due.decomposition:
-                row |= evaluator.decomposition(weights, buffers, cohort)
+                row |= evaluator.decomposition(weights, buffers, cohort, round)
         return row, clients
 
     def _cohort(self, round: int, cohort: Cohort, delta: Tensor) -> Metrics:

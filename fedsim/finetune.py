@@ -67,23 +67,31 @@ class FineTuner:
         )
         self.engine = Sequential(self.task)
 
-    def accuracies(self, weights: Tensor, buffers: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the accuracy (C,) of each of `clients` (C,) after its steps, and its number of test samples (C,)."""
-        found = [self._accuracy(client, weights, buffers) for client in self.clients.tolist()]
+    def accuracies(self, weights: Tensor, buffers: Tensor, round: int) -> tuple[Tensor, Tensor]:
+        """Return the accuracy (C,) of each of `clients` (C,) after its steps, and its number of test samples (C,).
+
+        Args:
+            weights: (D,) after a round.
+            buffers: likewise.
+            round: whose samples are adapted to and tested.
+
+        """
+        found = [self._accuracy(client, weights, buffers, round) for client in self.clients.tolist()]
         sizes = torch.from_numpy(self.test.sizes[self.clients])  # (C,)
         return torch.stack(found).cpu() if found else torch.zeros(0), sizes
 
-    def _accuracy(self, client: int, weights: Tensor, buffers: Tensor) -> Tensor:
+    def _accuracy(self, client: int, weights: Tensor, buffers: Tensor, round: int) -> Tensor:
         task, ids = self.task, np.array([client])
         kept = self.store.get(ids, task.device)
         job = Job(
-            clients=ids, received=np.zeros(1, dtype=np.int64), models={0: weights}, broadcasts={}, buffers=buffers,
+            clients=ids, received=np.full(1, round - 1), models={round - 1: weights}, broadcasts={}, buffers=buffers,
             state={name: value for name, value in kept.items() if name.startswith((LOCAL, BUFFER))},
             round=1, key=0, lr=task.training.lr,
         )  # fmt: skip
         moved = torch.empty(1, task.shared.size, dtype=task.dtype, device=task.device)  # (1, D)
         block = self.engine.train(job, moved)
-        positions = torch.from_numpy(self.test.of(client)).to(task.device)
+        tested = self.test.of(client) if task.shift is None else task.shift(self.test.of(client), round)
+        positions = torch.from_numpy(tested).to(task.device)
         local = {name: block.state[LOCAL + name][0] for name in task.local.names}
         return (
             predict(task, weights + moved[0], positions, buffers=block.buffers[0], local=local).correct.double().mean()

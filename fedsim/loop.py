@@ -67,7 +67,7 @@ class Loop:
             on_client_error=self.settings.on_client_error,
         )
         self.dispatcher = self.backend.dispatcher = Dispatcher(
-            experiment, lambda ids: self.evaluator.train_losses(self.weights, self.backend.buffers, ids)
+            experiment, lambda ids: self.evaluator.train_losses(self.weights, self.backend.buffers, ids, self.round + 1)
         )
         self.figures = Figures(experiment, self.evaluator, self.backend, self.dispatcher, self._broadcast)
         kept = {"clients": self.task.store, "uplink": None if self.uplink is None else self.uplink.store}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fedsim import checkpoint
-from fedsim.build import build, data
+from fedsim.build import build
+from fedsim.build_data import data
 from fedsim.config import Config, compose, to_yaml
 from fedsim.console import Observer
 from fedsim.contracts import Dataset, Partition
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from fedsim.plots import Picture
 
 GROUPS = ("data", "partition", "model", "client", "training", "strategy", "sampler", "metrics", "attack", "compressor",
-          "tracker", "mode")  # fmt: skip
+          "tracker", "mode", "shift")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

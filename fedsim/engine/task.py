@@ -16,6 +16,7 @@ from fedsim.engine.store import ClientStore
 from fedsim.layout import Layout
 from fedsim.local import Floats, Int64, LocalTraining, Schedule, schedule
 from fedsim.rng import keyed_bits
+from fedsim.shift.replaced import Replacement
 
 LOCAL = "local/"  # prefix of personal parameters in a client's state
 BUFFER = "buffer/"  # prefix of personal buffers
@@ -42,6 +43,7 @@ class Task:
     augment: Callable[[Tensor, Tensor], Tensor] | None = None
     views: Mapping[str, Partition] = field(default_factory=dict)  # named subsets of each client's samples
     told: Mapping[str, Any] = field(default_factory=dict)  # an example of what the rule sends with the model
+    shift: Replacement | None = None  # which samples are replaced when
     precision: str = "fp32"  # of the forward's products: fp32 (the dtype's own), tf32 or bf16; engine/precision.py
 
     @property
@@ -152,6 +154,10 @@ def local_round(task: Task, job: Job, number: int, phase: Phase | None) -> Sched
     order = schedule(
         task.training, task.samples_of(phase), job.clients, seed=task.seed, round=job.key, phase=(number, phase)
     )
+    if task.shift is not None:  # a row's samples are those of the round in which its client was sent the model
+        begun = np.where(job.received < 0, job.round, job.received + 1)  # (K,)
+        positions = task.shift(order.positions, np.repeat(begun, np.diff(order.starts)))
+        order = order._replace(positions=positions)
     return order._replace(num_steps=_worked(job, order.num_steps))
 
 
