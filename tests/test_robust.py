@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import optimize, stats
 
+from fedsim import linalg
 from fedsim.laws import cohort_of
 from fedsim.linalg import _distances, square_distances
 from fedsim.strategies.bulyan import Bulyan

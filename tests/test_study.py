@@ -105,7 +105,12 @@ def test_arms_like_others_and_later_overrides():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["fedld", "flag", "fedhyper", "ef21", "ef21_tuned", "unstale", "unstale_dirichlet"])
+SHIPPED = [
+    "fedld", "flag", "fedhyper", "ef21", "ef21_tuned", "unstale", "unstale_dirichlet", "unstale_shift", "unstale_mnist",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_experiments_are_sound(name):
     study = build(load(name))
     assert study.seeds >= 10
@@ -245,6 +250,21 @@ def judged(tmp_path, figures, **changes):
     ]  # fmt: skip
     asked = Asked("toy", study, (), (), None)
     return study, _judge(asked, tmp_path, rows)
+
+
+def test_the_best_of_some_arms_is_the_best_in_each_seed(tmp_path):
+    figures = {"a": [0.9, 0.9, 0.8], "b": [0.5, 0.7, 0.6], "c": [0.6, 0.2, 0.6]}
+    arms = {"a": [], "b": [], "c": [], "best": {"best": ["b", "c"]}}
+    claims = [{"arm": "a", "baseline": "best"}]
+    study, found = judged(tmp_path, figures, arms=arms, claims=claims)
+    assert found.lines[0].effect.test.mean == pytest.approx(np.mean([0.3, 0.2, 0.2]))
+    assert list(study.own) == ["a", "b", "c"]
+    (tmp_path / "lower").mkdir()
+    lower = judged(tmp_path / "lower", figures, arms=arms, claims=claims, better="lower", metric="loss")[1]
+    assert lower.lines[0].effect.test.mean == pytest.approx(-np.mean([0.4, 0.7, 0.2]))
+    for wrong in ({"best": ["b", "d"]}, {"best": ["b"], "set": ["seed=1"]}):
+        with pytest.raises(ValueError, match="best of arms that have runs"):
+            Study(claims=[CLAIM], arms={"a": [], "b": [], "x": wrong})
 
 
 @pytest.mark.parametrize(("arm", "other"), [("a", "b"), ("b", "a")])

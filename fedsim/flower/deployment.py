@@ -23,10 +23,10 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedsim.contracts import Rule
+from fedsim.files import save_tensors
 from fedsim.flower.records import FlatRecord, TrainMessages
 from fedsim.flower.replies import CLIENT as CLIENT
 from fedsim.flower.strategy import RuleStrategy, as_flat
-from fedsim.files import save_tensors
 from fedsim.layout import Layout
 from fedsim.metrics.records import RoundLog
 

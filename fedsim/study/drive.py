@@ -122,10 +122,11 @@ def _claim_folder(folder: Path, asked: Asked) -> list[str]:
             )
     else:
         known = []
-    arms = [*known, *(name for name in asked.study.methods if name not in known)]
-    for arm in (asked.study.methods[name] for name in arms[len(known) :]):  # a wrong word is found before anything runs
+    new = [name for name, arm in asked.study.methods.items() if name not in known and not arm.best]
+    arms = [*known, *new]
+    for arm in (asked.study.methods[name] for name in new):  # a wrong word is found before anything runs
         compose(_overrides(asked, asked.study.cells[0], arm, arm.points()[0], 0), config_dir=asked.config_dir)
-    first = next(iter(asked.study.methods.values()))
+    first = asked.study.methods[arms[0]]
     for cell in asked.study.cells[1:]:
         compose(_overrides(asked, cell, first, first.points()[0], 0), config_dir=asked.config_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,9 +148,7 @@ def _grown(old: dict[str, Any], new: dict[str, Any]) -> bool:
     return old == after and kept and same
 
 
-def _overrides(
-    asked: Asked, cell: Point, arm: Arm, point: Point, seed: int, run: str = "."
-) -> list[str]:
+def _overrides(asked: Asked, cell: Point, arm: Arm, point: Point, seed: int, run: str = ".") -> list[str]:
     """Return the overrides of one run. Partition, initial model and cohorts follow from the seed in every arm.
 
     What a command changes, it changes in all arms but those that set it themselves: a run cut short stays one.
@@ -252,6 +251,14 @@ def _judge(asked: Asked, folder: Path, rows: Sequence[table.Row]) -> page.Findin
     for row in rows:
         cell = page.cell_name({key: row[key] for key in next(iter(names.values()))})
         figures.setdefault((cell, row["arm"]), []).append(_figure(study, folder / "report", row))
+
+    best = max if study.sign > 0 else min
+    for cell in names:
+        for name, arm in study.methods.items():
+            if arm.best:  # a seed's figure is that of the best of some arms in that seed
+                figures[cell, name] = [
+                    best(values) for values in zip(*(figures[cell, a] for a in arm.best), strict=True)
+                ]
 
     def effect(cell: str, arm: str, baseline: str) -> verdict.Effect:
         runs = figures[cell, arm], figures[cell, baseline]

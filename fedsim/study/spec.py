@@ -27,6 +27,9 @@ class Arm:
     set: tuple[str, ...] = ()  # overrides
     tune: tuple[str, ...] = ()  # settings with several values: the points it is tried at, as many as every other arm's
     like: str | None = None  # an arm whose overrides, and whose chosen point, it takes; `set` wins
+    best: tuple[
+        str, ...
+    ] = ()  # arms of which it is, in each seed, the one with the best figure; it has no runs of its own
     reseed: bool = False  # other data order under the same partition, initial model and cohorts: a null control
     replays: str | None = None  # an arm whose run of the same cell and seed it is given as strategy.run
 
@@ -54,7 +57,7 @@ class Study:
 
     Args:
         claims: `arm`, `baseline`, `text`, and `controls`, arms that have a part of what the method does.
-        arms: name → overrides, or {set, tune, like, reseed, replays}.
+        arms: name → overrides, or {set, tune, like, reseed, replays}, or {best}.
         base: overrides of every run.
         settings: settings with several values; their product are the cells.
         metric: column of a run's summary, or of its last round, that is compared; with a target, of its rows.
@@ -102,9 +105,14 @@ class Study:
             raise ValueError(f"smallest must be > 0, got {self.smallest}; what difference would matter?")
         if self.seeds < 2 or not 1 <= self.tuning_seeds <= FIRST_TUNING_SEED:
             raise ValueError(f"seeds must be >= 2 and tuning_seeds >= 1, got {self.seeds} and {self.tuning_seeds}")
-        budgets = {name: len(arm.points()) for name, arm in self.methods.items() if arms[name].like is None}
+        budgets = {name: len(arm.points()) for name, arm in self.own.items()}
         if len(set(budgets.values())) > 1:
             raise ValueError(f"every arm is tuned at as many points as every other, got {budgets}")
+
+    @property
+    def own(self) -> dict[str, Arm]:
+        """Arms that have runs, and a choice, of their own."""
+        return {name: arm for name, arm in self.methods.items() if arm.like is None and not arm.best}
 
     @property
     def tuned(self) -> bool:
@@ -168,7 +176,7 @@ def _arm(name: str, value: Any) -> Arm:
         unknown = set(value) - set(Arm.__dataclass_fields__)
         if unknown:
             raise ValueError(
-                f"arms.{name} has no {sorted(unknown)[0]!r}; it may have set, tune, like, reseed and replays"
+                f"arms.{name} has no {sorted(unknown)[0]!r}; it may have set, tune, like, reseed, replays and best"
             )
         return Arm(**_tuples(value))
     return Arm(set=tuple(value))
@@ -176,6 +184,10 @@ def _arm(name: str, value: Any) -> Arm:
 
 def _resolved(name: str, arms: Mapping[str, Arm]) -> Arm:
     arm = arms[name]
+    if arm.best:
+        wrong = [other for other in arm.best if other not in arms or arms[other].best]
+        if wrong or arm != Arm(best=arm.best):
+            raise ValueError(f"arms.{name} is the best of arms that have runs, and has nothing else, got {arm.best}")
     if arm.replays is not None and (arm.replays not in arms or arms[arm.replays].replays is not None):
         raise ValueError(f"arms.{name} replays {arm.replays!r}, which is no arm that runs by itself")
     if arm.replays is not None and arm.like is None:
