@@ -74,7 +74,7 @@ class Canvas:
 
         """
         font = font_of(points)
-        left, top, right, bottom = font.getbbox(text, anchor="ls")
+        left, _, right, _ = font.getbbox(text, anchor="ls")
         ascent, descent = font.getmetrics()
         across = {"l": 0.0, "m": (right + left) / 2, "r": right}[anchor[0]]
         along = {"t": -ascent, "m": -0.36 * ascent, "b": descent}[anchor[1]]  # digits and capitals in the middle

@@ -200,7 +200,7 @@ def _palette() -> npt.NDArray[np.uint8]:
 
 
 def _every(count: int, names: Sequence[str] | None) -> dict[int, str]:
-    """Return the labels of classes: of many, of every second, fifth, tenth, …"""
+    """Return the labels of classes; of many, those of every second, fifth, tenth and so on."""
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, count) if s * _MAX_NAMED_CLASSES >= count)
     return {c: str(c) if names is None else str(names[c]) for c in range(0, count, step)}
 
