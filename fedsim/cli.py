@@ -10,9 +10,11 @@ import io
 import sys
 import textwrap
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fedsim import __version__, plugins
 from fedsim.actions import Arguments
@@ -104,7 +106,26 @@ def _run_verb(name: str, words: list[str]) -> None:
     _make_importable(Path.cwd())
     known = (*verb.options, *verb.flags)
     options = {option: value for option in known if (value := getattr(given, option)) is not None}
-    verb.act(Arguments(given.words, given.config_dir, options))
+    with _warnings_in_lines():
+        verb.act(Arguments(given.words, given.config_dir, options))
+
+
+@contextmanager
+def _warnings_in_lines() -> Iterator[None]:
+    """Show warnings that are meant for users as lines like all others, without a place in the code."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if category is UserWarning:
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            before(message, category, *place, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def _usage(name: str, verb: Verb) -> str:

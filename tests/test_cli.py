@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,3 +289,14 @@ def test_an_ascii_terminal_loses_a_character_not_the_command() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
     assert (done.returncode, done.stderr) == (0, "")
     assert "flower/?" in done.stdout
+
+
+def test_warnings_are_lines(capsys, monkeypatch):
+    verb = cli.VERBS["list"]
+    monkeypatch.setitem(cli.VERBS, "list", verb._replace(act=lambda given: warnings.warn("mind this", stacklevel=1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        before = warnings.showwarning
+        assert cli.main(["list"]) == 0
+        assert warnings.showwarning is before
+    assert capsys.readouterr().err == "warning: mind this\n"
