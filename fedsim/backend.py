@@ -97,10 +97,7 @@ class EngineBackend:
         return self.task.training.rate(round) * float(sent.get("lr_scale", 1.0))
 
     def _dispatched(self, job: Job, dispatcher: Dispatcher) -> Job:
-        """Return the job with each row from the version that its client was sent, keyed by that version.
-
-        Buffers are the newest: versions of running statistics are not kept.
-        """
+        """Return the job with each row from the version that its client was sent, keyed by that version."""
         arrivals, newest = dispatcher.arrivals, job.round - 1
         if arrivals is None or not np.array_equal(arrivals.clients, job.clients):
             return job
@@ -108,7 +105,7 @@ class EngineBackend:
             job = replace(job, work=arrivals.work)
         held = dispatcher.versions
         if newest in held.models:  # whoever answers it later trains with all that was sent, not the rule's part alone
-            held.add(newest, job.models[newest], job.broadcasts[newest])
+            held.add(newest, job.models[newest], job.broadcasts[newest], job.buffers)
         old = sorted(set(arrivals.received.tolist()) - {newest})
         if not old:
             return job
@@ -122,6 +119,7 @@ class EngineBackend:
             broadcasts={**job.broadcasts, **sent},
             key=arrivals.received + 1,
             rates=rates if len(set(rates.values())) > 1 else None,
+            older={v: held.buffers[v] for v in old if v in held.buffers} or None,
         )
 
     def evaluate(self, round: int, clients: Int64, models: Tensor) -> Mapping[str, np.ndarray[Any, np.dtype[Any]]]:

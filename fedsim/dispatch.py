@@ -26,27 +26,34 @@ class Versions:
     def __init__(self) -> None:
         self.models: dict[int, Tensor] = {}  # version → (D,)
         self.broadcasts: dict[int, Mapping[str, Any]] = {}  # version → what the rule sent with it
+        self.buffers: dict[int, Tensor] = {}  # version → its running statistics, where the model has any
 
-    def add(self, version: int, weights: Tensor, broadcast: Mapping[str, Any]) -> None:
-        """Hold a version; the tensor is the caller's and is not written to by anybody."""
+    def add(self, version: int, weights: Tensor, broadcast: Mapping[str, Any], buffers: Tensor) -> None:
+        """Hold a version; the tensors are the caller's and are not written to by anybody."""
         self.models[version], self.broadcasts[version] = weights, broadcast
+        if buffers.numel():
+            self.buffers[version] = buffers
 
     def keep(self, needed: set[int]) -> None:
         """Free all versions but these."""
         for version in self.models.keys() - needed:
             del self.models[version], self.broadcasts[version]
+            self.buffers.pop(version, None)
 
     def state(self) -> State:
         """Return what a checkpoint holds."""
         return {
-            str(version): {"model": model, "broadcast": dict(self.broadcasts[version])}
+            str(version): {"model": model, "broadcast": dict(self.broadcasts[version]),
+                           "buffers": self.buffers.get(version)}
             for version, model in self.models.items()
-        }
+        }  # fmt: skip
 
     def load(self, state: State, place: Callable[[Any], Any]) -> None:
         """Go back to a state; `place` brings tensors to the run's device."""
         self.models = {int(version): place(held["model"]) for version, held in state.items()}
         self.broadcasts = {int(version): place(held["broadcast"]) for version, held in state.items()}
+        known = {int(version): held.get("buffers") for version, held in state.items()}
+        self.buffers = {version: place(buffers) for version, buffers in known.items() if buffers is not None}
 
 
 def server_of(experiment: Experiment, sample: Callable[[int, int, Int64, float], Int64]) -> Server:
@@ -91,19 +98,22 @@ class Dispatcher:
         chosen: Int64 = np.asarray(experiment.sampler(pool, min(num, len(clients)), rng, round), dtype=np.int64)
         return chosen
 
-    def next(self, round: int, weights: Tensor, broadcast: Callable[[], Mapping[str, Any]]) -> Arrivals:
+    def next(
+        self, round: int, weights: Tensor, broadcast: Callable[[], Mapping[str, Any]], buffers: Tensor
+    ) -> Arrivals:
         """Return whose replies arrive in a round.
 
         Args:
             round: from 1.
             weights: (D,) version round − 1.
             broadcast: what the rule sends with it; asked where somebody may answer it in a later round.
+            buffers: its running statistics, (0,) where there are none.
 
         """
         mode: Mode = self.experiment.mode
         arrivals, self.flight = mode(round, self.flight, self.server)
         if mode.stale:
-            self.versions.add(round - 1, weights, broadcast())
+            self.versions.add(round - 1, weights, broadcast(), buffers)
             self.versions.keep({*self.flight.versions.tolist(), *arrivals.received.tolist()})
         self.arrivals = arrivals
         return arrivals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -182,15 +183,27 @@ class Evaluator:
                 figures |= {f"{prefix}_finetuned_{name}": value for name, value in summary.items()}
         return ClientFigures(figures, tuner.clients, {"finetuned_accuracy": accuracy})
 
-    def decomposition(self, weights: Tensor, buffers: Tensor, cohort: Cohort, round: int) -> Figures:
-        """Split the new model's global loss into local loss, distribution shift and aggregation."""
+    def decomposition(
+        self, weights: Tensor, buffers: Tensor, cohort: Cohort, round: int, older: Mapping[int, Tensor]
+    ) -> Figures:
+        """Split the new model's global loss into local loss, distribution shift and aggregation.
+
+        Args:
+            weights: (D,) after a round.
+            buffers: likewise.
+            cohort: of the round, with its rows.
+            round: whose samples are seen.
+            older: version → its buffers, with which a stale client's model is seen; of others they are `buffers`.
+
+        """
         rows, pool = cohort.rows, self._in(self.pool, round)
         local, everywhere = [], []
         for k, client in enumerate(cohort.clients.tolist()):
             w = cohort.models[int(cohort.received[k])] + rows[k].to(weights.device)  # (D,)
             mine = self._put(self.task.partition.of(client), round)
-            local.append(predict(self.task, w, mine, buffers=buffers).loss.double().mean())
-            everywhere.append(predict(self.task, w, pool, buffers=buffers).loss.double().mean())
+            own = older.get(int(cohort.received[k]), buffers)
+            local.append(predict(self.task, w, mine, buffers=own).loss.double().mean())
+            everywhere.append(predict(self.task, w, pool, buffers=own).loss.double().mean())
         total = predict(self.task, weights, pool, buffers=buffers).loss.double().mean()
         return decompose(torch.stack(local), torch.stack(everywhere), total, cohort.weights)
 

@@ -75,7 +75,7 @@ class Figures:
         if cohort is not None:
             row |= self._cohort(round, cohort, delta) | self.dispatcher.columns(cohort)[0]
             if due.decomposition:
-                row |= evaluator.decomposition(weights, buffers, cohort, round)
+                row |= evaluator.decomposition(weights, buffers, cohort, round, self._older(round))
         return row, clients
 
     def _cohort(self, round: int, cohort: Cohort, delta: Tensor) -> Metrics:
@@ -95,6 +95,11 @@ class Figures:
         if self.uplink is not None and self.uplink.adversary is not None:
             row |= self.uplink.adversary.figures(cohort, delta)
         return row
+
+    def _older(self, round: int) -> Mapping[int, Tensor]:
+        """Return the buffers of the versions that a round's stale clients were sent."""
+        held = self.dispatcher.versions.buffers
+        return {version: buffers for version, buffers in held.items() if version != round - 1}
 
     def _traffic(self, cohort: Cohort) -> dict[str, int]:
         task, arrivals = self.backend.task, self.dispatcher.arrivals

@@ -131,7 +131,7 @@ class Loop:
     def _step(self, round: int) -> None:
         started = time.perf_counter()
         self.backend.cohort, buffers = None, self.backend.buffers
-        arrivals = self.dispatcher.next(round, self.weights, self._broadcast)
+        arrivals = self.dispatcher.next(round, self.weights, self._broadcast, buffers)
         self.grid.cohort = arrivals.clients
         train = self._train_seconds()
         weights: Tensor = self.weights

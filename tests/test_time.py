@@ -16,6 +16,7 @@ from fedsim.engine.task import Job
 from fedsim.errors import UserError
 from fedsim.loop import Loop
 from fedsim.simulation import resume, simulate
+from fedsim.study.spec import merged
 
 SMALL = ("partition.num_clients=8", "fraction=1", "model=logreg", "threads=1", "metrics.every=100",
          "checkpoint.every=1")  # fmt: skip
@@ -34,7 +35,7 @@ def closed_logs():
 
 
 def loop_of(folder, *overrides):
-    OPEN.append(Loop(build(compose([*SMALL, "num_rounds=6", *overrides])), folder, Observer()))
+    OPEN.append(Loop(build(compose(merged(SMALL, ["num_rounds=6"], overrides))), folder, Observer()))
     return OPEN[-1]
 
 
@@ -199,11 +200,72 @@ def test_a_job_of_one_kind_has_the_rate_of_its_rows():
     assert [apart.settled(job(v, v)).lr for v in (0, 1, 2)] == [1.0, 0.5, 0.25]
     assert apart.settled(job(0, 0)).rates is None
     assert apart.settled(job(0, 1)) is None
-    assert [(rate, rows.tolist()) for rate, rows in apart.kinds(job(2, 0, 2, 1))] == [
+    assert [(kind.lr, kind.rows.tolist()) for kind in apart.kinds(job(2, 0, 2, 1))] == [
         (0.25, [0, 2]), (0.5, [3]), (1.0, [1])
     ]  # fmt: skip
     same = replace(job(0, 1, 0, sent=({}, {"previous": 1}, {})), rates=None)
-    assert [(rate, rows.tolist()) for rate, rows in apart.kinds(same)] == [(0.25, [0, 2]), (0.25, [1])]
+    assert [(kind.lr, kind.rows.tolist()) for kind in apart.kinds(same)] == [(0.25, [0, 2]), (0.25, [1])]
+
+
+NORMED = ("model=mlp_bn", "model.hidden=[6]", "dtype=float64", "engine=sequential", "client.batch_size=16",
+          "metrics.every=1")  # fmt: skip
+
+
+@pytest.mark.parametrize("flight", ["delay", "async"])
+def test_a_stale_row_trains_from_the_running_statistics_of_its_version(tmp_path, flight):
+    """Each row against the same client alone, from the weights and the buffers after the round that it was sent."""
+    loop = loop_of(tmp_path, "strategy=median", *NORMED, *FLIGHTS[flight][: 4 if flight == "async" else None])
+    buffers, models, old = {0: loop.backend.buffers}, {0: loop.weights}, 0
+    for round in range(1, 7):
+        loop.step(round)
+        cohort = loop.backend.cohort
+        sent = [] if cohort is None else zip(cohort.clients.tolist(), cohort.received.tolist(), strict=True)
+        rows = []
+        for k, (client, version) in enumerate(sent):
+            out = torch.empty(1, loop.task.shared.size, dtype=loop.task.dtype)
+            job = Job(
+                clients=np.array([client]), received=np.array([version]), models=models, broadcasts={version: {}},
+                buffers=buffers[version], state={}, round=round, key=version + 1, lr=loop.task.training.rate(1),
+            )  # fmt: skip
+            rows.append(loop.experiment.engine.train(job, out).buffers[0])
+            assert torch.equal(out[0], cohort.rows[k])
+            old += version < round - 1
+        if rows:  # the new statistics are the mean of what they send
+            share = (cohort.weights / cohort.weights.sum()).double()
+            torch.testing.assert_close(loop.backend.buffers, share @ torch.stack(rows), rtol=1e-12, atol=1e-12)
+        buffers[round], models[round] = loop.backend.buffers, loop.weights
+        assert set(loop.dispatcher.versions.buffers) == set(loop.dispatcher.versions.models)
+    assert old >= 4
+    assert not torch.equal(buffers[1], buffers[3])
+
+
+def test_running_statistics_of_versions_go_through_a_kill_and_other_workers(tmp_path):
+    arguments = (*NORMED, *FLIGHTS["async"])
+    whole = loop_of(tmp_path / "whole", *arguments)
+    for round in range(1, 7):
+        whole.step(round)
+    first = loop_of(tmp_path / "cut", *arguments)
+    for round in range(1, 4):
+        first.step(round)
+    first.save()
+    second = loop_of(tmp_path / "cut", *arguments)
+    second.load()
+    second.run()
+    assert torch.equal(second.weights, whole.weights)
+    assert torch.equal(second.backend.buffers, whole.backend.buffers)
+    workers = weights_of(tmp_path / "workers", *arguments, "engine=processes", "engine.workers=2")
+    torch.testing.assert_close(workers, whole.weights, rtol=1e-9, atol=1e-12)
+
+
+def test_equal_running_statistics_do_not_part_rows():
+    """After a resume every version has a tensor of its own."""
+    older = {0: torch.ones(2), 1: torch.zeros(2), 2: torch.zeros(2)}
+    job = Job(
+        clients=np.arange(4), received=np.array([0, 1, 2, 3]), models={}, broadcasts={v: {} for v in range(4)},
+        buffers=torch.zeros(2), state={}, round=4, key=4, lr=0.1, older=older,
+    )  # fmt: skip
+    found = {tuple(kind.rows.tolist()): kind.buffers.tolist() for kind in apart.kinds(job)}
+    assert found == {(0,): [1, 1], (1, 2, 3): [0, 0]}
 
 
 @pytest.mark.parametrize("kernels", ["captured", "fused"])

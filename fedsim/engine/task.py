@@ -91,6 +91,7 @@ class Job:
     lr: float
     work: Floats | None = None  # (K,) share of the local steps that each row does, in (0, 1]; None: all
     rates: Mapping[int, float] | None = None  # version → its local rate, where they differ; engines see `lr` alone
+    older: Mapping[int, Tensor] | None = None  # version → its buffers, likewise; of others they are `buffers`
 
     def __len__(self) -> int:
         return len(self.clients)
