@@ -32,10 +32,11 @@ ALL = {
     "memory": "benchmarks.memory:memory",
     "auto": "benchmarks.auto:auto",
     "gpu": "benchmarks.gpu:gpu",
+    "events": "benchmarks.events:events",
     "workers": "benchmarks.workers:workers",
 }
 
-ON_REQUEST = ("memory", "auto", "gpu", "workers")  # minutes, and no figure of the tables
+ON_REQUEST = ("memory", "auto", "gpu", "events", "workers")  # minutes, and no figure of the tables
 
 
 def main() -> None:

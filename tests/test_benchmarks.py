@@ -297,3 +297,17 @@ def test_the_document_shows_the_loop_that_is_raced():
 
 def test_the_script_of_environments_parses():
     subprocess.run(["sh", "-n", str(ROOT / "benchmarks" / "peers" / "make.sh")], check=True)
+
+
+@pytest.mark.parametrize("words", [(), ("strategy=median",)], ids=["streamed", "rows"])
+def test_an_asynchronous_run_holds_versions_and_a_buffer_and_no_more(tmp_path, words):
+    events = module("events")
+    size = events.Size(clients=60, concurrency=24, buffer=8, rounds=12, hidden=900)
+    loop = events.loop_of(size, tmp_path, "engine=sequential", *words)
+    try:
+        found = events.held(loop, size.rounds)
+    finally:
+        events._close(loop)
+    assert max(versions for _, versions in found) > 4
+    # Beside them three at most, however many clients there are: the module, the last step, one being made.
+    assert all(versions < copies <= versions + size.buffer + 3 for copies, versions in found), found
