@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import yaml
-from hydra import compose as hydra_compose
-from hydra import initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, Sweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsim import catalogue, misfit, plugins
+from fedsim import catalogue, composition, misfit
 from fedsim.construct import build, construct
 from fedsim.errors import UserError
 from fedsim.settings import Checkpoint, EarlyStopping, Run
@@ -64,7 +63,7 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Conf
     for item in given:
         _check_choice(item, known)
     try:
-        config = _compose(overrides, config_dir)
+        config = _compose(given, known, config_dir)
         OmegaConf.resolve(config)
     except _FAULTS as error:
         raise UserError(_diagnose(given, known, config_dir, error)) from None
@@ -126,10 +125,27 @@ def _check_choice(item: Given, known: Mapping[str, Sequence[str]]) -> None:
         raise UserError(f"{group} has no choice by default: write +{group}={name}")
 
 
-def _compose(overrides: Sequence[str], config_dir: Path | None) -> Config:
+def _compose(given: Sequence[Given], known: Mapping[str, Any], config_dir: Path | None) -> Config:
     """Compose with Hydra; keep of its own node what a run needs."""
-    with initialize_config_module("fedsim.configs", version_base="1.3"):
-        config = hydra_compose("config", [*overrides, *plugins.search_path(config_dir)], return_hydra_config=True)
+    texts, choices = [item.text for item in given], [item for item in given if _is_choice(item, known)]
+    values = [item for item in given if item not in choices]
+    plain_values = (item.parsed.type is OverrideType.CHANGE and not item.parsed.package for item in values)
+    if all(plain_values) and not any("${" in item.text for item in values):
+        with suppress(*_FAULTS):  # Hydra itself says what is wrong
+            config = composition.chosen([item.text for item in choices], config_dir)
+            for item in values:
+                OmegaConf.update(config, item.key, item.parsed.value(), merge=True)
+            return _trimmed(config, texts, config_dir)
+    return _trimmed(composition.fresh(texts, config_dir), texts, config_dir)
+
+
+def _is_choice(item: Given, known: Mapping[str, Any]) -> bool:
+    group = item.key.partition("/")[0]
+    return group in known and item.parsed.type is not OverrideType.DEL and not isinstance(item.parsed.value(), dict)
+
+
+def _trimmed(config: Config, overrides: Sequence[str], config_dir: Path | None) -> Config:
+    """Keep of Hydra's node what a run needs."""
     node = config.hydra
     chosen = {str(k): v for k, v in node.runtime.choices.items() if not str(k).startswith("hydra/")}
     if not any(text.startswith("hydra.run.dir=") for text in overrides):
@@ -148,7 +164,7 @@ def _diagnose(given: Sequence[Given], known: Mapping[str, Any], config_dir: Path
     """Say which override does not fit, by walking them over the config that the groups alone give."""
     choices = [item for item in given if item.key.partition("@")[0] in known]
     try:
-        config = _compose([item.text for item in choices], config_dir)
+        config = _compose(choices, known, config_dir)
     except _FAULTS as cause:
         return f"{' '.join(item.text for item in choices) or 'the default config'}: {_one_line(cause)}"
     tree = cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))

@@ -48,6 +48,7 @@ STACK = (
     ("loop",),
     (
         "catalogue",
+        "composition",
         "construct",
         "misfit",
         "config",
@@ -66,7 +67,8 @@ RANK = {name: rank for rank, layer in enumerate(STACK) for name in layer}
 
 METHOD_IMPORTS = ("torch", "numpy", "fedsim.contracts", "fedsim.linalg", "fedsim.layout", "fedsim.rng")
 CONFIG_MODULES = {
-    f"fedsim/{name}.py" for name in ("cli", "config", "build", "simulation", "catalogue", "testing", "sweep/grammar")
+    f"fedsim/{name}.py"
+    for name in ("cli", "composition", "config", "build", "simulation", "catalogue", "testing", "sweep/grammar")
 }
 PUBLIC_FLWR = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
 FLWR_INTERNALS = "fedsim/flower/runtime.py"
