@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 .PHONY: run test gpu lint types clean
 
@@ -9,7 +10,7 @@ run: $(VENV)/.installed
 	$(BIN)/fedsim run strategy=fedld
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=2 $(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist worksteal
 
 # The checks and benchmarks of an accelerator; without one they run small on the CPU. Writes gpu.json and docs/gpu.md.
 gpu: $(VENV)/.installed-dev

@@ -186,7 +186,7 @@ def compare(given: Arguments) -> None:
 
 def new(given: Arguments) -> None:
     """Write a package, and print what to do with it."""
-    from fedsim.scaffold import KINDS, new
+    from fedsim.scaffold.package import KINDS, new
 
     if len(given.words) != 2:
         raise UserError(

@@ -15,7 +15,7 @@ from fedsim.experiment import Experiment
 from fedsim.export_templates import APP, PYPROJECT, README
 from fedsim.metrics.records import write_json
 from fedsim.saved import load
-from fedsim.scaffold import filled
+from fedsim.scaffold.package import filled
 
 KINDS = ("flower",)
 

@@ -11,7 +11,7 @@ import pytest
 
 from fedsim import cli
 from fedsim.errors import UserError
-from fedsim.scaffold import KINDS, new
+from fedsim.scaffold.package import KINDS, new
 
 BUILD = "import sys, setuptools.build_meta as b; b.build_wheel(sys.argv[1])"
 

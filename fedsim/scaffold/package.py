@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from fedsim import __version__, catalogue
 from fedsim.errors import UserError, did_you_mean
-from fedsim.scaffold_templates import CLIENT, PARTITION, PYPROJECT, README, STRATEGY
+from fedsim.scaffold import client, partition, strategy
+from fedsim.scaffold.common import PYPROJECT, README
 
 
 class Made(NamedTuple):
@@ -21,7 +22,11 @@ class Made(NamedTuple):
     choice: str  # as it is written on the command line
 
 
-KINDS: Mapping[str, Mapping[str, str]] = {"strategy": STRATEGY, "client": CLIENT, "partition": PARTITION}
+KINDS: Mapping[str, Mapping[str, str]] = {
+    "strategy": strategy.FILES,
+    "client": client.FILES,
+    "partition": partition.FILES,
+}
 
 
 def new(kind: str, name: str, parent: Path) -> Made:
