@@ -37,9 +37,11 @@ def make_engine(task: Task, name: str, cohort: int, threads: int, **arguments: A
         return Sequential(task, **arguments), "as asked"
     if name == "vectorized":
         try:
-            return _rows_of_one_program(task, cohort, threads, **arguments), "as asked"
+            engine = _rows_of_one_program(task, cohort, threads, **arguments)
         except ValueError as error:
             raise UserError(f"engine=vectorized: {error}; engine=sequential runs it") from error
+        refused = getattr(engine, "no_graphs", "captured steps are no CUDA graphs") if arguments.get("graphs") else None
+        return engine, f"as asked, but without engine.graphs: {refused}" if refused else "as asked"
     if name in ("processes", "ray"):
         from fedsim.engine.crew import Crew  # which asks here for the engine of each worker
 
@@ -103,8 +105,8 @@ def _with_kernels(task: Task, threads: int, kernels: str) -> tuple[Engine, str]:
     return Vectorized(task, threads=threads, kernels=kernels), f"{kernels} kernels fit"
 
 
-def _rows_of_one_program(
-    task: Task, cohort: int, threads: int, *, kernels: str = "auto", chunk: int | None = None
+def _rows_of_one_program(  # noqa: PLR0913  what a user may set
+    task: Task, cohort: int, threads: int, *, kernels: str = "auto", chunk: int | None = None, graphs: bool = False
 ) -> Engine:
     """Return the engine of `engine=vectorized`: recorded steps or a batched program, as the table says.
 
@@ -123,4 +125,4 @@ def _rows_of_one_program(
             if name != "sequential":
                 with contextlib.suppress(ValueError):
                     return _with_kernels(task, threads, name)[0]
-    return Vectorized(task, threads=threads, kernels=kernels, chunk=chunk)
+    return Vectorized(task, threads=threads, kernels=kernels, chunk=chunk, graphs=graphs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsim.engine.chunk import Chunk
+from fedsim.engine.graphs import Graphs, refusal
 from fedsim.engine.laid import Laid, Target, lay_out
 from fedsim.engine.lanes import batching, lanes, users_line
 from fedsim.engine.task import Block, Job, Task, room
@@ -35,15 +36,17 @@ class Vectorized:
         chunk: rows of a chunk, ≥ 1; None: from a fixed table of parameters and device.
         kernels: "fused", "generic", or "auto": fused where every layer has a kernel and the objective is a criterion.
         threads: on a CPU, chunks in training at once, ≥ 1; None: as many as torch has threads.
+        graphs: on CUDA, replay steps as CUDA graphs where they can be recorded; `no_graphs` says why not.
 
     Raises:
         ValueError: an argument is out of range, or what a client does cannot be batched that way.
 
     """
 
-    def __init__(
-        self, task: Task, *, chunk: int | None = None, kernels: str = "auto", threads: int | None = None
-    ) -> None:
+    def __init__(  # noqa: PLR0913  what a user may set
+        self, task: Task, *, chunk: int | None = None, kernels: str = "auto", threads: int | None = None,
+        graphs: bool = False,
+    ) -> None:  # fmt: skip
         if kernels not in {"auto", "fused", "generic"}:
             raise ValueError(f"engine.kernels must be auto, fused or generic, got {kernels!r}")
         if chunk is not None and chunk < 1:
@@ -59,9 +62,13 @@ class Vectorized:
         for lane in lanes(task, kernels, self._threads):
             self._lanes.put(lane)
             fused = lane.fused
+        on_host = f"CUDA graphs are for CUDA devices, and device is {task.device.type}"
+        self.no_graphs = None if not graphs else refusal(task) if kind == "cuda" else on_host
+        self.graphs = Graphs(task) if graphs and not self.no_graphs else None
         self._pool = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,))
         self.plan: Mapping[str, Any] = {
             "engine": "vectorized", "kernels": "fused" if fused else "generic", "chunk": self.chunk,
+            **({"graphs": True} if self.graphs else {}),
         }  # fmt: skip
 
     def close(self) -> None:
@@ -88,7 +95,9 @@ class Vectorized:
             try:
                 with torch.no_grad():
                     out = target.room(rows)
-                    Chunk(self.task, job, laid, rows, gradient).train(out, block)
+                    chunk = Chunk(self.task, job, laid, rows, gradient)
+                    chunk.graphs = self.graphs
+                    chunk.train(out, block)
                     target.put(rows, out)
             except RuntimeError as error:
                 if not batching(error):
