@@ -105,7 +105,7 @@ def _with_kernels(task: Task, threads: int, kernels: str) -> tuple[Engine, str]:
     return Vectorized(task, threads=threads, kernels=kernels), f"{kernels} kernels fit"
 
 
-def _rows_of_one_program(  # noqa: PLR0913  what a user may set
+def _rows_of_one_program(
     task: Task, cohort: int, threads: int, *, kernels: str = "auto", chunk: int | None = None, graphs: bool = False
 ) -> Engine:
     """Return the engine of `engine=vectorized`: recorded steps or a batched program, as the table says.

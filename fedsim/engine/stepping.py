@@ -33,9 +33,7 @@ class Stepping:
 
     """
 
-    def __init__(  # noqa: PLR0913  what a step reads
-        self, task: Task, gradient: Gradient, keys: Tensor, received: Params, lr: float, mu: float
-    ) -> None:
+    def __init__(self, task: Task, gradient: Gradient, keys: Tensor, received: Params, lr: float, mu: float) -> None:
         self.task, self.gradient, self.keys, self.received, self.lr, self.mu = task, gradient, keys, received, lr, mu
         # Sums of loss × samples and of samples, (R,) each.
         self.losses, self.seen = torch.zeros(2, len(keys), dtype=torch.float64, device=task.device)
@@ -88,7 +86,7 @@ class Stepping:
             x = task.augment(x, keys.flatten())
         return x.view(*step.samples.shape, *x.shape[1:])
 
-    def _descend(  # noqa: PLR0913  what a step needs once gradients are known
+    def _descend(
         self, plan: Plan, active: Params, grads: Params, optimizer: Optimizer, situation: Situation, step: Step
     ) -> None:
         """Take one step of the rows that have one."""

@@ -43,7 +43,7 @@ class Vectorized:
 
     """
 
-    def __init__(  # noqa: PLR0913  what a user may set
+    def __init__(
         self, task: Task, *, chunk: int | None = None, kernels: str = "auto", threads: int | None = None,
         graphs: bool = False,
     ) -> None:  # fmt: skip
