@@ -33,6 +33,8 @@ class Ditto:
 
     ditto_lambda: float = 0.1
 
+    half_of = "strategy=ditto client=ditto"
+
     def __post_init__(self) -> None:
         if not 0 <= self.ditto_lambda < float("inf"):
             raise ValueError(f"Ditto needs a finite ditto_lambda >= 0, got {self.ditto_lambda}; 0 is local training")

@@ -32,6 +32,8 @@ class FedDyn:
 
     proximal_mu: float = 0.1
 
+    half_of = "strategy=feddyn client=feddyn"
+
     def __post_init__(self) -> None:
         if not 0 < self.proximal_mu < float("inf"):
             raise ValueError(f"FedDyn needs a finite proximal_mu > 0, got {self.proximal_mu}; client=sgd has none")

@@ -26,6 +26,8 @@ from fedsim.layout import Layout, Params
 class Scaffold:
     """Cross-entropy with SCAFFOLD's correction, option II; with c = c_k = 0 it is FedAvg's client."""
 
+    half_of = "strategy=scaffold client=scaffold"
+
     def criterion(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Return the loss (…) of logits (…, B, C), targets and weights (…, B)."""
         return CrossEntropy().criterion(logits, targets, weights)  # (…)

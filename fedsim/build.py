@@ -19,7 +19,7 @@ from fedsim.data.splits import ClientSplits
 from fedsim.engine.mimic import Mimic
 from fedsim.engine.precision import refusal, set_tf32
 from fedsim.engine.task import Task, placed
-from fedsim.errors import UserError
+from fedsim.errors import UserError, blamed
 from fedsim.experiment import Experiment, cohort_size
 from fedsim.flower.client import FlowerApp
 from fedsim.local import LocalTraining
@@ -52,16 +52,16 @@ def build(config: Config, parts: Parts | None = None, saved: Mapping[str, Any] |
     built = build_data(config, parts, share_samples=device.type == "cpu")
     dataset, partition, local, splits, adversary = built[:5]
     client, training = _client(config, parts)
-    strategy = _bound(parts.get("strategy") or _strategy(config, splits, run), local_training=training)
-    if getattr(strategy, "local_buffers", False):
-        run = replace(run, buffers="client")
-    model, names = build_model(config, parts, dataset, run, strategy)
-    train = splits.train
-    if getattr(strategy, "pooled", False):
-        train = Partition(train.indices, np.array([0, len(train.indices)]))
+    with blamed("strategy"):
+        strategy = _bound(parts.get("strategy") or _strategy(config, splits, run), local_training=training)
+        if getattr(strategy, "local_buffers", False):
+            run = replace(run, buffers="client")
+        model, names = build_model(config, parts, dataset, run, strategy)
+    train = _pooled(splits.train) if getattr(strategy, "pooled", False) else splits.train
     task = build_task(dataset, train, model.to(device, dtype), names, (client, training), run)
     task = replace(task, shift=built.shift)
     uplink = build_uplink(config, parts, task, adversary)
+    _check_halves(strategy, client, None if uplink is None else uplink.compressor)
     if "mimic" in getattr(strategy, "needs", ()):
         strategy = _bound(strategy, mimic=Mimic.of(task))
     initial, buffers = initial_weights(model, names.shared), initial_buffers(model, names.buffers)
@@ -178,11 +178,29 @@ def _client(config: Config, parts: Parts) -> tuple[Any, LocalTraining]:
     return objective, training
 
 
+def _pooled(partition: Partition) -> Partition:
+    """Return the partition in which one client has all samples."""
+    return Partition(partition.indices, np.array([0, len(partition.indices)]))
+
+
 def _first_broadcast(strategy: Any, task: Task) -> Mapping[str, Any]:
     """Return what a rule sends with the model of round 1, as clients will see it."""
-    if not hasattr(strategy, "broadcast"):
+    if not callable(strategy):  # a Flower strategy
         return {}
-    return placed(task, strategy.broadcast(strategy.init(task.shared, int((task.partition.sizes > 0).sum()))))
+    with blamed("strategy"):
+        state = strategy.init(task.shared, int((task.partition.sizes > 0).sum()))
+    return placed(task, strategy.broadcast(state)) if hasattr(strategy, "broadcast") else {}
+
+
+def _check_halves(strategy: Any, client: Any, compressor: Any) -> None:
+    """Refuse one half of a method without the other: it would train, and be another method."""
+    if isinstance(client, FlowerApp):  # whose clients do what they like
+        return
+    parts = {"strategy": strategy, "client": client, "compressor": compressor}
+    halves = {group: half for group, part in parts.items() if (half := getattr(part, "half_of", None))}
+    for group, half in halves.items():
+        if list(halves.values()).count(half) < 2:
+            raise UserError(f"{group}: {type(parts[group]).__name__} is one half of a method; choose both: {half}")
 
 
 def _without(node: Config, *names: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from fedsim.data.kept import kept
 from fedsim.data.splits import ClientSplits, chosen, split_clients, validation_split
 from fedsim.engine.processes import start_server
 from fedsim.engine.shared import share
-from fedsim.errors import UserError
+from fedsim.errors import UserError, blamed
 from fedsim.rng import generator
 from fedsim.shift.replaced import Replacement
 
@@ -61,12 +61,8 @@ def build_data(config: Config, parts: Parts, *, share_samples: bool) -> Built:
     if replaced is not None:
         if dataset.x is not clean:
             raise UserError("attack: it marks samples, which shift replaces by others without the mark; use shift=none")
-        try:
+        with blamed("shift"):
             dataset, shift = replaced(dataset, labels, splits, seed_of(config.partition.seed, run))
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(f"shift: {error}") from error
     if processes and share_samples:
         dataset = dataset._replace(x=share(dataset.x), y=share(dataset.y))
     return Built(dataset, partition, local, splits, adversary, shift)
@@ -87,7 +83,7 @@ def _drawn(config: Config, parts: Parts) -> tuple[Dataset, Partition, ClientSpli
     dataset = check_dataset(dataset)
     true = dataset.y
     seed = seed_of(config.partition.seed, run)
-    try:
+    with blamed("partition"):
         dataset = validation_split(dataset, config.data.validation, seed)
         partitioner = parts.get("partition") or instantiate(
             _own(config.partition, "seed", "held_out_clients", "local_validation", "local_test"), "partition"
@@ -103,10 +99,6 @@ def _drawn(config: Config, parts: Parts) -> tuple[Dataset, Partition, ClientSpli
         if hasattr(partitioner, "corrupt"):
             touched = local.at(train).join(*getattr(partitioner, "corrupts", ("train", "validation", "test")))
             dataset = partitioner.corrupt(dataset, touched, generator(seed, "corrupt"))
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"partition: {error}") from error
     return dataset, drawn, local, true
 
 

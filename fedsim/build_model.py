@@ -19,7 +19,7 @@ from fedsim.engine.store import ClientStore
 from fedsim.engine.task import BUFFER, LOCAL, Task
 from fedsim.errors import UserError
 from fedsim.layout import Layout
-from fedsim.local import LocalTraining
+from fedsim.local import LocalTraining, moving
 from fedsim.models.dropout import replace_dropout
 from fedsim.models.parameters import Parameters, initialise, load_init, split_parameters
 from fedsim.settings import Run
@@ -87,12 +87,18 @@ def build_task(
             f"model: it does not take inputs of shape {shape}: {(str(error).splitlines() or [''])[0]}{hint}"
         ) from error
     torch.set_num_threads(run.threads or (num_cores() if work >= THREADS_PAY else 1))
-    return Task(
+    task = Task(
         module=model, shared=names.shared, local=names.local, buffers=names.buffers, objective=objective,
         training=training, x=x, y=placed(dataset.y, x.device, dataset.y.dtype), partition=partition,
         store=ClientStore(partition.num_clients, first, memory=run.client_state_bytes), seed=run.seed,
         augment=dataset.augment, precision=run.precision,
     )  # fmt: skip
+    try:
+        for phase in task.phases:
+            moving([*names.shared.names, *names.local.names], phase)
+    except ValueError as error:
+        raise UserError(f"client: {error}") from error
+    return task
 
 
 @torch.no_grad()

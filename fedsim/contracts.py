@@ -95,6 +95,8 @@ class Rule(Protocol):
                                                  run's `model.local` says otherwise
         local_buffers: bool                      True: so do buffers, whatever the run's `buffers` says
         adapt_model(model) -> model              what clients train instead of the run's model
+        half_of: str                             the choices of a method that is no method without its other half, as
+                                                 "strategy=scaffold client=scaffold"; the other half has the same
     """
 
     def init(self, layout: Layout, num_clients: int) -> State:
@@ -258,6 +260,7 @@ class Objective(Protocol):
                                                   step_state["lr_scale"] (0-d), if there, is a factor on its rate
         finish(params, context) -> (client_state, extras, weight | None)   after the last step; None: n_k
         phases() -> tuple[Phase, …]               parts of the local round; `context.phase` counts them
+        half_of: str                              as a rule's
     """
 
 

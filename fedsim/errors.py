@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -12,6 +13,17 @@ class UserError(ValueError):
 
 class ClientError(RuntimeError):
     """A client raised while it trained; the cause or the notes carry its traceback."""
+
+
+@contextmanager
+def blamed(part: str) -> Iterator[None]:
+    """Turn what a part refuses, e.g. a group's choice, into the user's to mend."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{part}: {error}") from error
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

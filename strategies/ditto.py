@@ -46,6 +46,7 @@ class Ditto(LinearRule):
     """
 
     local_parameters: ClassVar[str] = r"^personal\."
+    half_of = "strategy=ditto client=ditto"
 
     def adapt_model(self, model: nn.Module) -> nn.Module:
         """Return the model with its personal twin; in a saved model the global one's names begin with "shared."."""

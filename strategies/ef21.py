@@ -83,6 +83,8 @@ class EF21(LinearRule):
     participation: float = 1.0
     client_lr: float = 1.0
 
+    half_of = "strategy=ef21 compressor=ef21"
+
     def __post_init__(self) -> None:
         if self.step not in STEPS:
             raise ValueError(f"EF21's step is one of {', '.join(STEPS)}, got {self.step!r}")

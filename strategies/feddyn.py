@@ -20,6 +20,8 @@ from fedsim.layout import Layout
 class FedDyn(LinearRule):
     """FedDyn's rule, for `client=feddyn`."""
 
+    half_of = "strategy=feddyn client=feddyn"
+
     def init(self, layout: Layout, num_clients: int) -> State:
         """Return h / α = 0 (D,) and m."""
         return {"drift": torch.zeros(layout.size), "num_clients": num_clients}

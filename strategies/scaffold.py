@@ -32,6 +32,7 @@ class Scaffold(LinearRule):
     server_lr: float = 1.0
 
     reduced_extras = ("control_change",)
+    half_of = "strategy=scaffold client=scaffold"
 
     def __post_init__(self) -> None:
         if not self.server_lr > 0:

@@ -23,6 +23,7 @@ from fedsim.clients.scaffold import ScaffoldI
 from fedsim.config import compose
 from fedsim.console import Observer
 from fedsim.contracts import Dataset
+from fedsim.errors import UserError
 from fedsim.local import LocalTraining
 from fedsim.loop import Loop
 from fedsim.strategies.fedavg import FedAvg
@@ -259,9 +260,38 @@ def test_scaffolds_option_i_by_hand(tmp_path):
     np.testing.assert_allclose(loop.task.store.arrays["control"].numpy()[:, C * F :], want, **EXACT)
 
 
-def test_scaffold_says_what_it_misses(tmp_path):
-    with pytest.raises(ValueError, match="choose client=scaffold"):
-        models(start(tmp_path, Scaffold(), CrossEntropy()), 1)
+@pytest.mark.parametrize(
+    ("strategy", "client", "said"),
+    [
+        (Scaffold(), CrossEntropy(), "strategy: Scaffold .* choose both: strategy=scaffold client=scaffold"),
+        (FedHyperG(rule=Scaffold()), CrossEntropy(), "strategy=scaffold client=scaffold"),
+        (FedAvg(), ScaffoldClient(), "client: Scaffold .* strategy=scaffold client=scaffold"),
+        (FedAvg(), FedDynClient(), "strategy=feddyn client=feddyn"),
+        (FedDyn(), ScaffoldClient(), "choose both"),
+    ],
+)
+def test_half_a_method_is_refused_before_anything_trains(tmp_path, strategy, client, said):
+    with pytest.raises(UserError, match=said):
+        start(tmp_path, strategy, client)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["strategy=ef21", "compressor=none"], "strategy=ef21 compressor=ef21"),
+        (["compressor=ef21"], "compressor: EF21 .* strategy=ef21 compressor=ef21"),
+        (
+            ["strategy=ef21", "strategy.smoothness=[1.0]", "strategy.weighted=true"],
+            "strategy: .* all 20 clients, got 1",
+        ),
+        (["strategy=fednova", "client=adamw"], "strategy: FedNova counts the steps of SGD"),
+        (["strategy=fedbn", "model=mlp"], "strategy: FedBN needs a model with normalisation layers"),
+        (["strategy=fedrep", "model=logreg"], "client: the phase moves parameters .* none does"),
+    ],
+)
+def test_parts_that_do_not_fit_are_the_users_to_mend(overrides, said):
+    with pytest.raises(UserError, match=said):
+        build(compose([*overrides, "threads=1"]))
 
 
 # --- FedNova ----------------------------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ class EF21:
     smoothness: tuple[float, ...] | None = None
     weighted: bool = False
 
+    half_of = "strategy=ef21 compressor=ef21"
+
     def __post_init__(self) -> None:
         if self.smoothness is not None and not all(0 < value < float("inf") for value in self.smoothness):
             raise ValueError(f"smoothness must be > 0 and finite for every client, got {self.smoothness}")
