@@ -44,12 +44,14 @@ def run(given: Arguments) -> None:
         composed = config.compose(given.words, config_dir=given.config_dir)
         for line in config.notes(composed):
             observer.note(line)
-        from fedsim import replicas, simulation
-
         try:
             if composed.replicas > 1:
+                from fedsim import replicas
+
                 replicas.run(composed, observer)
             else:
+                from fedsim import simulation
+
                 simulation.run(composed, observer)
         except KeyboardInterrupt as error:
             raise Stopped(_how_to_resume(Path(composed.hydra.run.dir))) from error

@@ -21,7 +21,6 @@ from fedsim.engine.precision import refusal, set_tf32
 from fedsim.engine.task import Task, placed
 from fedsim.errors import UserError, blamed
 from fedsim.experiment import Experiment, cohort_size
-from fedsim.flower.client import FlowerApp
 from fedsim.local import LocalTraining
 from fedsim.modes.sync import Sync
 from fedsim.plan import check_cohort, check_evaluation, planned, planned_engine
@@ -80,7 +79,7 @@ def build(config: Config, parts: Parts | None = None, saved: Mapping[str, Any] |
         strategy=strategy, sampler=sampler, mode=mode, evaluation=evaluation, initial=initial, initial_buffers=buffers,
         sampler_seed=seed_of(config.sampler.seed, run), plan={"why": reason}, config={}, tracker=tracker, uplink=uplink,
     )  # fmt: skip
-    if isinstance(client, FlowerApp):
+    if _is_app(client):
         clients = client.clients(
             task.shared, splits.train.num_clients, seed=run.seed, on_client_error=run.on_client_error
         )
@@ -192,9 +191,14 @@ def _first_broadcast(strategy: Any, task: Task) -> Mapping[str, Any]:
     return placed(task, strategy.broadcast(state)) if hasattr(strategy, "broadcast") else {}
 
 
+def _is_app(client: Any) -> bool:
+    """Say whether clients are a Flower app's, whose class is loaded with Flower."""
+    return hasattr(client, "clients")
+
+
 def _check_halves(strategy: Any, client: Any, compressor: Any) -> None:
     """Refuse one half of a method without the other: it would train, and be another method."""
-    if isinstance(client, FlowerApp):  # whose clients do what they like
+    if _is_app(client):  # whose clients do what they like
         return
     parts = {"strategy": strategy, "client": client, "compressor": compressor}
     halves = {group: half for group, part in parts.items() if (half := getattr(part, "half_of", None))}

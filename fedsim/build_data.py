@@ -15,8 +15,6 @@ from fedsim.contracts import Dataset, Partition
 from fedsim.data.check import check_dataset
 from fedsim.data.kept import kept
 from fedsim.data.splits import ClientSplits, chosen, split_clients, validation_split
-from fedsim.engine.processes import start_server
-from fedsim.engine.shared import share
 from fedsim.errors import UserError, blamed
 from fedsim.rng import generator
 from fedsim.shift.replaced import Replacement
@@ -49,6 +47,9 @@ def build_data(config: Config, parts: Parts, *, share_samples: bool) -> Built:
     """
     processes = config.engine.name == "processes"
     if processes:
+        from fedsim.engine.processes import start_server
+        from fedsim.engine.shared import share
+
         start_server()  # workers load while the data does
     run = settings(config)
     dataset, partition, local, labels = _drawn(config, parts)

@@ -7,11 +7,12 @@ killed at any moment leaves whole checkpoints only. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,31 @@ def _read(stem: Path) -> State:
     path = stem.with_suffix(".safetensors")
     if path.stat().st_size != manifest["bytes"]:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes instead of {manifest['bytes']}")
-    state: State = _restore(manifest["state"], load_file(path))
+    tensors = load_file(path)
+    # Where in a file a tensor lies decides its address, and that the last bits of a product with it: a copy begins
+    # where the tensor that was saved began, on a boundary of the allocator's.
+    for name in tensors:
+        tensors[name] = tensors[name].clone()
+    state: State = _restore(manifest["state"], tensors)
     return state
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Return a digest of what may not change when a run is resumed."""
+    free = ("hydra", "tracker", "num_rounds", "client_state_bytes", "resume")
+    kept = {name: value for name, value in config.items() if name not in free}
+    where = ("workers", "devices", "address")  # these decide who trains, not what comes out
+    kept["engine"] = {name: value for name, value in kept["engine"].items() if name not in where}
+    return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Return a nested value with its tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: moved(item, device) for name, item in value.items()}
+    return value
 
 
 def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -135,9 +159,7 @@ def _restore(value: Any, tensors: dict[str, Tensor]) -> Any:
         return value
     kind, content = next(iter(value.items()))
     if kind == "tensor":
-        # Where in a file a tensor lies decides its address, and that the last bits of a product with it: a copy begins
-        # where the tensor that was saved began, on a boundary of the allocator's.
-        return tensors[content].clone()
+        return tensors[content]
     if kind == "array":
         return _restore(content, tensors).numpy()
     if kind == "dict":

@@ -33,3 +33,8 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known: {', '.join(options)}" if options else ""
+
+
+def some_of(clients: list[int], most: int = 10) -> str:
+    """List clients, the first ones of many."""
+    return ", ".join(map(str, clients[:most])) + (f" and {len(clients) - most} more" if len(clients) > most else "")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,16 +17,15 @@ from fedsim.contracts import Cohort, LinearRule, Metrics, State
 from fedsim.dispatch import Dispatcher
 from fedsim.engine.hosted import Hosted
 from fedsim.engine.rounds import AllUpdatesBad, Trainer
-from fedsim.errors import UserError
+from fedsim.errors import UserError, some_of
 from fedsim.evaluation import ClientFigures, Evaluator, with_evaluation
 from fedsim.experiment import Experiment
 from fedsim.figures import Figures
-from fedsim.flower.grid import SimulationGrid
-from fedsim.flower.state import capture, initial_parts, restore
-from fedsim.flower.strategy import RuleStrategy, aggregate
+from fedsim.local import Int64
 from fedsim.metrics.records import ClientLog, RoundLog, write_json
 from fedsim.place import Place, blockwise
 from fedsim.shards import all_stores
+from fedsim.shell import RuleShell
 from fedsim.stopping import Stopping
 
 
@@ -60,12 +57,7 @@ class Loop:
         self.backend = self._backend()
         self.backend.uplink = self.uplink
         self.backend.sent = getattr(experiment.strategy, "sent", None)
-        served: Any = experiment.foreign or self.backend
-        self.grid = SimulationGrid(
-            served,
-            seed=self.settings.seed,
-            on_client_error=self.settings.on_client_error,
-        )
+        self.flower = self._flower()
         self.dispatcher = self.backend.dispatcher = Dispatcher(
             experiment, lambda ids: self.evaluator.train_losses(self.weights, self.backend.buffers, ids, self.round + 1)
         )
@@ -82,9 +74,23 @@ class Loop:
     def _strategy(self) -> Any:
         strategy = self.experiment.strategy
         if not callable(strategy):  # a Flower strategy: it has methods, and is none
-            self._new = initial_parts(strategy)
             return strategy
-        return RuleStrategy(strategy, num_clients=len(self.experiment.participants), seed=self.settings.seed)
+        shell = RuleShell
+        if self.experiment.foreign is not None:
+            from fedsim.flower.strategy import RuleStrategy as shell  # here: see `_flower`
+        return shell(strategy, num_clients=len(self.experiment.participants), seed=self.settings.seed)
+
+    def _flower(self) -> Any:
+        """Return what drives a Flower strategy or app; None where a rule meets fedsim's own clients."""
+        foreign = self.experiment.foreign
+        if foreign is None and isinstance(self.strategy, RuleShell):
+            return None
+        from fedsim.flower.server import FlowerServer  # here: to load Flower takes a third of a second
+
+        return FlowerServer(
+            self.strategy, foreign or self.backend, seed=self.settings.seed,
+            on_client_error=self.settings.on_client_error,
+        )  # fmt: skip
 
     def _backend(self) -> EngineBackend:
         rule = self.experiment.strategy
@@ -132,12 +138,11 @@ class Loop:
         started = time.perf_counter()
         self.backend.cohort, buffers = None, self.backend.buffers
         arrivals = self.dispatcher.next(round, self.weights, self._broadcast, buffers)
-        self.grid.cohort = arrivals.clients
         train = self._train_seconds()
         weights: Tensor = self.weights
         metrics: Metrics = {}
         if len(arrivals.clients):
-            weights, metrics = aggregate(self.strategy, round, self.weights, self.grid)
+            weights, metrics = self._aggregate(round, arrivals.clients)
             self._warn(round)
         weights = weights.to(self.task.device, self.task.dtype)
         if not bool(torch.isfinite(weights).all()):
@@ -153,7 +158,7 @@ class Loop:
         measured = time.perf_counter()
         self.stopping.look(round, row)
         self._record(row, clients)
-        if isinstance(self.strategy, RuleStrategy):
+        if isinstance(self.strategy, RuleShell):
             self.strategy.cohort = None  # the backend has it
         ended = time.perf_counter()
         times = {
@@ -164,6 +169,14 @@ class Loop:
             self.seconds[name] += seconds
         self.times.append(round, {f"seconds_{name}": seconds for name, seconds in times.items()})
         self.observer.round({**row, "round": round, "seconds": ended - started})
+
+    def _aggregate(self, round: int, clients: Int64) -> tuple[Tensor, Metrics]:
+        new: tuple[Tensor, Metrics]
+        if self.flower is not None:
+            new = self.flower.round(round, self.weights, clients)
+        else:
+            new = self.strategy.round(round, self.weights, clients, self.backend)
+        return new
 
     def _halved(self, change: Mapping[str, int]) -> None:
         """Say that memory ran out, and write it into the plan."""
@@ -181,7 +194,7 @@ class Loop:
         trainer = self.backend.trainer
         if trainer.bad:
             self.observer.warn(
-                f"round {round}: the update of client {_some(trainer.bad)} is not finite; it is left out"
+                f"round {round}: the update of client {some_of(trainer.bad)} is not finite; it is left out"
             )
         for client, what in trainer.failures.items():
             self.observer.warn(f"round {round}: client {client} failed and is left out: {what}")
@@ -197,12 +210,12 @@ class Loop:
         """Return this round's cohort; a Flower strategy over a foreign app never makes one."""
         if self.experiment.foreign is None:
             return self.backend.cohort
-        return self.strategy.cohort if isinstance(self.strategy, RuleStrategy) else None
+        return self.strategy.cohort if isinstance(self.strategy, RuleShell) else None
 
     def _broadcast(self) -> Mapping[str, Any]:
         """Return what the rule sends with the newest version."""
         shell = self.strategy
-        if not isinstance(shell, RuleStrategy) or not hasattr(shell.rule, "broadcast"):
+        if not isinstance(shell, RuleShell) or not hasattr(shell.rule, "broadcast"):
             return {}
         if shell.state is None:
             shell.state = shell.rule.init(self.task.shared, len(self.experiment.participants))
@@ -223,9 +236,9 @@ class Loop:
 
     def state(self) -> State:
         """Return everything that the next round depends on; what clients keep is in shards, written before."""
-        rule = self.strategy.state if isinstance(self.strategy, RuleStrategy) else capture(self.strategy, self._new)
+        rule = self.strategy.state if isinstance(self.strategy, RuleShell) else self.flower.capture()
         return {
-            "config": _identity(self.experiment.config),
+            "config": checkpoint.identity(self.experiment.config),
             "plan": self.plan,
             "weights": self.weights,
             "buffers": self.backend.buffers,
@@ -250,7 +263,7 @@ class Loop:
             shards.prune(checkpoint.rounds(folder)[0])
 
     def _load_clients(self, state: State) -> None:
-        if state.get("config") == _identity(self.experiment.config):
+        if state.get("config") == checkpoint.identity(self.experiment.config):
             for name, shards in self.shards.items():
                 shards.load(state["clients"][name])
 
@@ -259,45 +272,23 @@ class Loop:
         checkpoints = self.folder / "checkpoints"
         if checkpoint.rounds(checkpoints):
             self.round, state = checkpoint.load(checkpoints, self._load_clients)
-            if state.get("config") != _identity(self.experiment.config):
+            if state.get("config") != checkpoint.identity(self.experiment.config):
                 raise UserError(f"{checkpoints}: the checkpoint of round {self.round} is of a run with another config")
             device = self.task.device
             self.weights = state["weights"].to(device)
             self.backend.buffers = state["buffers"].to(device)
-            if isinstance(self.strategy, RuleStrategy):
-                self.strategy.state = _to(state["strategy"], device)
+            if isinstance(self.strategy, RuleShell):
+                self.strategy.state = checkpoint.moved(state["strategy"], device)
             else:
-                restore(self.strategy, state["strategy"])
+                self.flower.restore(state["strategy"])
             if state["foreign"]:
                 self.experiment.foreign.restore(state["foreign"])
             if self.uplink is not None:
                 self.uplink.load(state["uplink"])
-            self.dispatcher.load(state["time"], lambda value: _to(value, device))
+            self.dispatcher.load(state["time"], lambda value: checkpoint.moved(value, device))
             self.stopping.load(state["stopping"])
             self.figures.load(state["figures"], device)
             self.seconds = state["seconds"]
         self.rounds.truncate_to(self.round)
         self.times.truncate_to(self.round)
         self.clients.truncate_to(self.round)
-
-
-def _identity(config: Mapping[str, Any]) -> str:
-    """Return a digest of what may not change when a run is resumed."""
-    free = ("hydra", "tracker", "num_rounds", "client_state_bytes", "resume")
-    kept = {name: value for name, value in config.items() if name not in free}
-    where = ("workers", "devices", "address")  # these decide who trains, not what comes out
-    kept["engine"] = {name: value for name, value in kept["engine"].items() if name not in where}
-    return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _some(clients: list[int], most: int = 10) -> str:
-    """List clients, the first ones of many."""
-    return ", ".join(map(str, clients[:most])) + (f" and {len(clients) - most} more" if len(clients) > most else "")
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: _to(item, device) for name, item in value.items()}
-    return value

@@ -12,13 +12,13 @@ from torch import nn
 import fedsim
 from fedsim import plan as planning
 from fedsim import simulation
+from fedsim.backend import EngineBackend
 from fedsim.build import build
 from fedsim.config import compose
 from fedsim.console import Observer
 from fedsim.engine import auto, vectorized
 from fedsim.engine.halving import Halving
 from fedsim.errors import UserError
-from fedsim.flower.strategy import RuleStrategy
 from fedsim.loop import Loop
 from fedsim.strategies.fedavg import FedAvg
 
@@ -210,12 +210,12 @@ def test_the_last_good_model_has_the_buffers_of_its_own_round(run, tmp_path):
 
 def test_numbers_sent_with_a_version_stay_with_it(tmp_path, monkeypatch):
     """Each round's config has a number of its own; whoever answers a version later trains with that version's."""
-    real = RuleStrategy.configure_train
+    real = EngineBackend.train
 
-    def numbered(self, server_round, arrays, config, grid):
-        return real(self, server_round, arrays, {"note": float(server_round)}, grid)
+    def numbered(self, round, clients, models, broadcast, config):
+        return real(self, round, clients, models, broadcast, {**config, "note": float(round)})
 
-    monkeypatch.setattr(RuleStrategy, "configure_train", numbered)
+    monkeypatch.setattr(EngineBackend, "train", numbered)
     overrides = [*BLOBS, "mode=fixed_delay", "mode.delay=2", "devices=tiers", "strategy=median", "num_rounds=5"]
     loop = Loop(build(compose(overrides)), tmp_path, Observer())
     jobs, train = [], loop.experiment.engine.train

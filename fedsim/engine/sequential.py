@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -75,6 +75,44 @@ class Sequential:
 
     def train(self, job: Job, out: Tensor) -> Block:
         """Train the rows of a job and write their updates w_k − w_received into out (K, D)."""
+
+        def write(row: int, start: Start) -> Tensor:
+            self._write(start, out[row])
+            return torch.dot(out[row], out[row])  # while the row is in cache
+
+        return self._train(job, write)
+
+    def train_sum(self, job: Job, coefficients: Tensor, total: Tensor) -> Block:
+        """Train the rows of a job and add Σ c_k Δ_k over finite rows to total (D,), from the first row to the last.
+
+        No row is ever held: an update is the work parameters themselves, from which the start has been subtracted.
+
+        Args:
+            job: the rows.
+            coefficients: (K,) c_k.
+            total: (D,), added to.
+
+        """
+        views = self.task.shared.split(total)
+        shares = coefficients.tolist()
+
+        def add(row: int, start: Start) -> Tensor:
+            norm = torch.zeros((), dtype=self.task.dtype, device=self.task.device)
+            if len(self.flat):
+                norm = torch.dot(self.flat.sub_(start.flat), self.flat)
+            for name, weight in self.apart:
+                norm += torch.linalg.vector_norm(weight.sub_(start.params[name])).square()
+            if bool(torch.isfinite(norm)):
+                if len(self.flat):
+                    total.add_(self.flat, alpha=shares[row])
+                for name, weight in self.apart:
+                    views[name].add_(weight, alpha=shares[row])
+            return norm
+
+        return self._train(job, add)
+
+    def _train(self, job: Job, keep: Callable[[int, Start], Tensor]) -> Block:
+        """Train the rows of a job one after another; `keep` takes each one's parameters and returns ‖Δ_k‖²."""
         task = self.task
         plans = [self._plan(job, number, phase) for number, phase in enumerate(task.phases)]
         starts = {version: Start(task, self.params, job, version, plans) for version in set(job.received.tolist())}
@@ -83,12 +121,11 @@ class Sequential:
         rows = []
         with torch.no_grad():
             for row, version in enumerate(job.received.tolist()):
-                start, delta = starts[version], out[row]
+                start = starts[version]
                 state = {name: value[row] for name, value in job.state.items()}
                 self._load(start, state, job.buffers)
                 left = self._row(job, row, start, plans, keys, state)
-                self._write(start, delta)
-                left.square_norm = torch.dot(delta, delta)  # while the row is in cache
+                left.square_norm = keep(row, start)
                 rows.append(left)
         return gather(task, job, plans, rows)
 

@@ -51,8 +51,8 @@ class Task:
         """Where everything lives."""
         return self.x.device
 
-    @cached_property
-    def dtype(self) -> torch.dtype:  # asked for at every turn, and a module looks for its parameters in all submodules
+    @cached_property  # a walk through the module's parts otherwise, several times a round
+    def dtype(self) -> torch.dtype:
         """The run's floating-point type."""
         return next(self.module.parameters()).dtype
 

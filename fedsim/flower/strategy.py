@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedsim.contracts import Cohort, Metrics, Rule, State
+from fedsim.contracts import Metrics, Rule
 from fedsim.flower.grid import SimulationGrid
 from fedsim.flower.records import (
     ARRAYS,
@@ -29,9 +29,10 @@ from fedsim.flower.records import (
 from fedsim.flower.replies import CLIENT, checked, only, read_replies
 from fedsim.flower.runtime import logged_warnings, no_forced_collection, seeded
 from fedsim.rng import generator
+from fedsim.shell import RuleShell
 
 
-class RuleStrategy(Strategy):
+class RuleStrategy(RuleShell, Strategy):
     """Any fedsim rule as a Flower strategy: the same in the simulation and under `flwr run`.
 
     In the simulation messages and replies stay unbuilt, the cohort's matrix passes straight to the rule, and the
@@ -67,15 +68,10 @@ class RuleStrategy(Strategy):
             raise ValueError(f"fraction_evaluate must be in [0, 1], got {fraction_evaluate}")
         if min_nodes < 1:
             raise ValueError(f"min_nodes must be >= 1, got {min_nodes}")
-        self.rule = rule
-        self.num_clients = num_clients
-        self.seed = seed
+        super().__init__(rule, num_clients=num_clients, seed=seed)
         self.fraction = fraction
         self.fraction_evaluate = fraction_evaluate
         self.min_nodes = min_nodes
-        self.state: State | None = None
-        self.metrics: Metrics = {}
-        self.cohort: Cohort | None = None
         self._client_of: dict[int, int] = {}  # node → client, in a deployment
         self.told: dict[int, int] = {}  # of these, the clients that said who they are
         self._sent: FlatRecord | None = None
@@ -86,12 +82,8 @@ class RuleStrategy(Strategy):
         """Return the round's messages, unbuilt."""
         nodes, num_connected = self._sample(server_round, grid, self.fraction)
         self._sent = arrays = as_flat(arrays)
-        if self.state is None:
-            if check := getattr(self.rule, "check", None):
-                check(len(nodes))
-            self.state = self.rule.init(arrays.layout, self.num_clients or num_connected)
-        broadcast = getattr(self.rule, "broadcast", None)
-        sent_along = broadcast(self.state) if broadcast else {}
+        self.begin(arrays.layout, len(nodes), num_connected)
+        sent_along = self.broadcast()
         return TrainMessages(round=server_round, nodes=nodes, arrays=arrays, config=dict(config), broadcast=sent_along)
 
     def aggregate_train(
@@ -109,9 +101,7 @@ class RuleStrategy(Strategy):
                 raise RuntimeError(f"no client answered in round {server_round}")
             clients = self._clients(answers)
             cohort = read_replies(answers, clients=clients, layout=layout, start=w, round=server_round, seed=self.seed)
-        self.cohort = cohort
-        delta, self.state, self.metrics = self.rule(cohort, self.state)
-        arrays = FlatRecord(w + delta, layout)
+        arrays = FlatRecord(self.apply(cohort, w), layout)
         simulated = isinstance(replies, CohortReplies)
         return arrays if simulated else arrays.plain(), MetricRecord(scalars(self.metrics))
 

@@ -249,9 +249,7 @@ class ClientLog:
         def table(rows: dict[str, Column]) -> Any:
             nulls = len(rows["round"])
             columns = [
-                pa.array(rows[name].astype(dtype), from_pandas=True)  # from_pandas: NaN is null
-                if name in rows
-                else pa.nulls(nulls, pa.from_numpy_dtype(dtype))
+                _arrow(rows[name].astype(dtype)) if name in rows else pa.nulls(nulls, pa.from_numpy_dtype(dtype))
                 for name, dtype in schema.items()
             ]
             return pa.table(columns, schema=fields)
@@ -287,6 +285,17 @@ def _load(path: Path) -> dict[str, Column]:
             return {str(name): stored[f"arr_{i}"] for i, name in enumerate(stored["arr_0"], start=1)}
     except (ValueError, KeyError, EOFError, BadZipFile) as error:
         raise UserError(f"{path} is no part of a run's client log: {error}") from error
+
+
+def _arrow(column: Column) -> Any:
+    """Return a column of numbers or bools as arrow's, NaN as null; `pyarrow.array` would load pandas where it is."""
+    import pyarrow as pa
+
+    known = None
+    if column.dtype.kind == "f" and (unknown := np.isnan(column)).any():
+        known = pa.py_buffer(np.packbits(~unknown, bitorder="little"))
+    values = np.packbits(column, bitorder="little") if column.dtype.kind == "b" else np.ascontiguousarray(column)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(column.dtype), len(column), [known, pa.py_buffer(values)])
 
 
 def _column(values: Tensor | Column) -> Column:

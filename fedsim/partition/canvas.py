@@ -1,4 +1,4 @@
-"""A sheet of pixels to draw a picture's boxes, images and texts on; a hundredth of what a plotting library costs."""
+"""A sheet of pixels to draw a picture's boxes, images and texts on; without a plotting library's start."""
 
 from __future__ import annotations
 

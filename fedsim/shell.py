@@ -1,0 +1,66 @@
+"""A rule between rounds: its state, and what its last call left. `flower.strategy` makes it one of Flower's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fedsim.contracts import Cohort, Metrics, Rule, State
+from fedsim.layout import Layout
+from fedsim.local import Int64
+
+
+class Trains(Protocol):
+    """What trains a cohort; see `fedsim.flower.grid.Backend`."""
+
+    layout: Layout
+
+    def train(
+        self, round: int, clients: Int64, models: Tensor, broadcast: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> Cohort:
+        """Train clients (K,) from models (D,) and return those that answered."""
+        ...
+
+
+class RuleShell:
+    """Calls a rule round by round.
+
+    Args:
+        rule: a server rule; `state`, `metrics` and `cohort` are what its last call left.
+        num_clients: clients that can be sampled; None: as many as there are in the first round.
+        seed: of everything random in the rule.
+
+    """
+
+    def __init__(self, rule: Rule, *, num_clients: int | None = None, seed: int = 0) -> None:
+        self.rule, self.num_clients, self.seed = rule, num_clients, seed
+        self.state: State | None = None
+        self.metrics: Metrics = {}
+        self.cohort: Cohort | None = None
+
+    def begin(self, layout: Layout, cohort: int, connected: int) -> None:
+        """Before the first round, let the rule refuse a cohort of that size, and make its state."""
+        if self.state is None:
+            if check := getattr(self.rule, "check", None):
+                check(cohort)
+            self.state = self.rule.init(layout, self.num_clients or connected)
+
+    def broadcast(self) -> Mapping[str, Any]:
+        """Return what the rule sends along with the model; `begin` was called."""
+        broadcast = getattr(self.rule, "broadcast", None)
+        return broadcast(self.state) if broadcast else {}
+
+    def apply(self, cohort: Cohort, w: Tensor) -> Tensor:
+        """Return the new weights (D,) that the rule makes of a cohort and w (D,)."""
+        assert self.state is not None  # `begin` was called
+        self.cohort = cohort
+        delta, self.state, self.metrics = self.rule(cohort, self.state)
+        return w + delta
+
+    def round(self, round: int, w: Tensor, clients: Int64, backend: Trains) -> tuple[Tensor, Metrics]:
+        """Train clients (K,), ascending, from w (D,), and return (the new weights (D,), the rule's metrics)."""
+        self.begin(backend.layout, len(clients), len(clients))
+        w = self.apply(backend.train(round, clients, w, self.broadcast(), {}), w)
+        return w, self.metrics
