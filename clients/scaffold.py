@@ -60,6 +60,8 @@ class ScaffoldI:
     Personal parameters are in it as the steps left them.
     """
 
+    half_of = Scaffold.half_of
+
     def phases(self) -> tuple[Phase, ...]:
         """Return the local steps, and the pass at the received model."""
         return Phase(), Phase(local_epochs=1)
