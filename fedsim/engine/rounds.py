@@ -184,7 +184,7 @@ class Trainer:
             if good is not None:
                 cohort, out, norm = cohort.take(good), out[good], norm[good]
             c = coefficients(cohort)  # (k,)
-            total.addmv_(out.T, c.to(total.dtype))
+            self._fold(total, out, c)
             weight += c.double().sum()
             folded[number] = (cohort, norm, c, kept)
         if not any(len(cohort) for cohort, *_ in folded.values()):
@@ -197,6 +197,13 @@ class Trainer:
         mean = total.div_(weight.to(total.dtype))
         streamed = Streamed(mean, Sums(cohort, torch.cat(shares), torch.cat(norms), means))
         return replace(cohort, streamed=streamed), self._buffers(job, merge(list(buffers), stored=True))
+
+    def _fold(self, total: Tensor, out: Tensor, c: Tensor) -> None:
+        """Add Σ c_k Δ_k of rows (k, D) to total (D,)."""
+        if fold := getattr(self.engine, "fold", None):
+            fold(total, out, c)
+        else:
+            total.addmv_(out.T, c.to(total.dtype))
 
     def _summed(
         self, job: Job, coefficients: Callable[[Cohort], Tensor], total: Tensor

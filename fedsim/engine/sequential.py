@@ -111,6 +111,11 @@ class Sequential:
 
         return self._train(job, add)
 
+    def fold(self, total: Tensor, updates: Tensor, coefficients: Tensor) -> None:
+        """Add Σ c_k Δ_k of updates (k, D) to total (D,), row after row, as `train_sum` does."""
+        for update, share in zip(updates, coefficients.tolist(), strict=True):
+            total.add_(update, alpha=share)
+
     def _train(self, job: Job, keep: Callable[[int, Start], Tensor]) -> Block:
         """Train the rows of a job one after another; `keep` takes each one's parameters and returns ‖Δ_k‖²."""
         task = self.task

@@ -134,6 +134,7 @@ class Engine(Protocol):
     Optional, found by name:
         chunk                                    rows trained at once, an int that may be set between two jobs
         train_sum(job, c (K,), total (D,)) -> Block        adds Σ c_k Δ_k of finite rows to total, and holds no row
+        fold(total (D,), updates (k, D), c (k,))           adds Σ c_k Δ_k as `train_sum` does, to the bit
     """
 
     task: Task
