@@ -14,6 +14,7 @@ from torch import nn
 
 import fedsim
 from fedsim import build as building
+from fedsim import build_data
 from fedsim import simulation
 from fedsim.catalogue import options, roots
 from fedsim.clients.cross_entropy import CrossEntropy
@@ -291,18 +292,18 @@ def test_limits_that_are_fedavg_to_the_bit(run, limit):
 def test_noise_for_test_labels_changes_no_weight_and_no_stop(run, monkeypatch, stop):
     settings = (*SMALL_DIGITS, "strategy=fedld", "partition.held_out_clients=0.2", "num_rounds=12", *stop)
     honest = run(*settings)
-    real = building.data
+    real = build_data._drawn
 
     def scrambled(*args):
-        dataset, partition, local = real(*args)
+        dataset, partition, local, labels = real(*args)
         train = dataset.splits["train"]
         test = np.concatenate([dataset.splits["test"], train[local.test.indices]])
         y = dataset.y.clone()
         y[torch.from_numpy(test)] = torch.from_numpy(np.random.default_rng(5).integers(0, 10, len(test)))
         assert len(test) > 500  # the server's, the clients' own and the held-out clients'
-        return dataset._replace(y=y), partition, local
+        return dataset._replace(y=y), partition, local, labels
 
-    monkeypatch.setattr(building, "data", scrambled)
+    monkeypatch.setattr(build_data, "_drawn", scrambled)
     noisy = run(*settings)
     assert equal_weights(honest, noisy)
     rows = list(zip(honest.rounds, noisy.rounds, strict=True))  # the same number of rounds
@@ -420,6 +421,7 @@ def assert_ran(result, rounds=1):
 
 # What methods need of a model; for all others the smallest.
 MODELS = {"fedbn": "mlp_bn", "fedrep": "mlp"}
+RULES = {"scaffold_i": "scaffold"}  # of objectives whose rule has another name
 YOKED = {"fedld_yoked": "fedld"}  # what reads a finished run, and a strategy of such a run
 
 
@@ -454,9 +456,10 @@ def test_every_choice_runs(run, group, choice):
             settings.append("partition.imbalance_factor=0.5")
     elif group != "partition":
         settings.append("partition.num_clients=6")
-    if group == "client" and choice in STRATEGIES:
+    rule = RULES.get(choice, choice)
+    if group == "client" and rule in STRATEGIES:
         # An objective that reads what its own rule sends.
-        settings += [f"strategy={choice}", f"model={MODELS.get(choice, 'logreg')}"]
+        settings += [f"strategy={rule}", f"model={MODELS.get(choice, 'logreg')}"]
     if choice == "sequential":
         settings.append("engine.channels_last=false")
     assert_ran(run(*settings))
