@@ -13,6 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from fedsim import catalogue, cli
+from fedsim.config import compose
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -182,6 +183,25 @@ def test_commands_and_code_run(page, capsys):
                 _shell(line, capsys)
     if skipped:
         pytest.skip(f"all else ran; no data for: {'; '.join(skipped)}")
+
+
+def _runs():
+    """Return the runs that pages show which are not executed here: (page, words)."""
+    pages = [
+        page for page in map(relative, PAGES) if page not in (*EXECUTED, "docs/plugins.md")
+    ]  # has tests of its own
+    texts = [(page, text) for page in pages for language, _, text in _blocks(page) if language in ("sh", "console")]
+    lines = [
+        (page, shlex.split(line.removeprefix("$ "), comments=True)) for page, t in texts for line in t.splitlines()
+    ]
+    return [(page, words[2:]) for page, words in lines if words[:2] in (["fedsim", "run"], ["fedsim", "bench"])]
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), _runs(), ids=lambda value: " ".join(value) if isinstance(value, list) else value
+)
+def test_every_setting_of_a_run_that_is_shown_exists(page, words):
+    assert compose([word for word in words if not word.startswith("--")]).num_rounds >= 1
 
 
 def test_the_output_shown_is_what_a_run_prints(tmp_path, monkeypatch, capsys):
