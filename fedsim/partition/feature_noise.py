@@ -2,7 +2,7 @@ r"""Feature skew: the same labels everywhere, but client i sees Gaussian noise t
 
 .. math:: x \leftarrow x + \mathcal N(0, s_i^2), \qquad s_i = \sigma\, i / (K - 1), \quad i = 0 … K-1
 
-Li et al., ICDE 2022, §4.2 and `experiments.py` (there s_i is the standard deviation, as here).
+Li et al., ICDE 2022, §4.2, whose `experiments.py` takes σ i / (K − 1) as the standard deviation, as here.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedsim.contracts import Dataset, Partition, Partitioner
+from fedsim.contracts import Dataset, Partition
 from fedsim.errors import UserError
+from fedsim.partition.around import Around
 from fedsim.partition.csr import check_fraction
 from fedsim.rng import generator
 
@@ -23,7 +24,7 @@ Int = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureNoise:
+class FeatureNoise(Around):
     """Partition by `base`, then add noise to all of a client's samples, its local test data too.
 
     Args:
@@ -35,26 +36,11 @@ class FeatureNoise:
 
     """
 
-    base: Partitioner
     sigma: float = 0.1
     corrupts: ClassVar[tuple[str, ...]] = ("train", "validation", "test")
 
     def __post_init__(self) -> None:
         check_fraction("sigma", self.sigma, 1e6)
-
-    @property
-    def num_clients(self) -> int | None:
-        """As `base` says."""
-        return self.base.num_clients
-
-    @property
-    def natural_from(self) -> str:
-        """As `base` says."""
-        return getattr(self.base, "natural_from", "client")
-
-    def __call__(self, labels: Int, rng: np.random.Generator, natural: Int | None = None) -> Partition:
-        """Return `base`'s partition."""
-        return self.base(labels, rng, natural)
 
     def corrupt(self, dataset: Dataset, partition: Partition, rng: np.random.Generator) -> Dataset:
         """Return the data set with noisy x; what is in no client's part is unchanged.

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedsim.contracts import Dataset, Partition, Partitioner
+from fedsim.contracts import Dataset, Partition
 from fedsim.errors import UserError
+from fedsim.partition.around import Around
 from fedsim.partition.csr import check_fraction
 from fedsim.rng import keyed_bits, keyed_uniform, segment_permutations
 
@@ -25,7 +26,7 @@ Int = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelNoise:
+class LabelNoise(Around):
     """Partition by `base`, then give wrong labels to clients' training and validation samples; test labels stay true.
 
     Args:
@@ -40,7 +41,6 @@ class LabelNoise:
 
     """
 
-    base: Partitioner
     noisy_client_fraction: float = 1.0
     min_rate: float = 0.2
     max_rate: float = 0.2
@@ -55,20 +55,6 @@ class LabelNoise:
             raise ValueError(f"min_rate must be <= max_rate={self.max_rate!r}, got {self.min_rate!r}")
         if self.kind not in ("symmetric", "pair"):
             raise ValueError(f"kind must be symmetric or pair, got {self.kind!r}")
-
-    @property
-    def num_clients(self) -> int | None:
-        """As `base` says."""
-        return self.base.num_clients
-
-    @property
-    def natural_from(self) -> str:
-        """As `base` says."""
-        return getattr(self.base, "natural_from", "client")
-
-    def __call__(self, labels: Int, rng: np.random.Generator, natural: Int | None = None) -> Partition:
-        """Return `base`'s partition."""
-        return self.base(labels, rng, natural)
 
     def corrupt(self, dataset: Dataset, partition: Partition, rng: np.random.Generator) -> Dataset:
         """Return the data set with wrong labels in `partition`; what is in no client's part is unchanged.

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedsim.contracts import Partition, Partitioner
+from fedsim.contracts import Partition
+from fedsim.partition.around import Around
 from fedsim.partition.csr import check_labels
 
 Int = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongTail:
+class LongTail(Around):
     """Drop samples so that class sizes form a long tail, then partition by `base`.
 
     Departs from "every sample is given once": that holds of the kept samples, the others belong to nobody. A class
@@ -35,22 +36,11 @@ class LongTail:
 
     """
 
-    base: Partitioner
     imbalance_factor: float = 0.01
 
     def __post_init__(self) -> None:
         if not 0 < self.imbalance_factor <= 1:
             raise ValueError(f"imbalance_factor must be in (0, 1], smallest / largest, got {self.imbalance_factor!r}")
-
-    @property
-    def num_clients(self) -> int | None:
-        """As `base` says."""
-        return self.base.num_clients
-
-    @property
-    def natural_from(self) -> str:
-        """As `base` says."""
-        return getattr(self.base, "natural_from", "client")
 
     def __call__(self, labels: Int, rng: np.random.Generator, natural: Int | None = None) -> Partition:
         """Return a partition of the kept samples, at their positions in range(N), by labels (N,)."""
