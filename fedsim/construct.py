@@ -147,6 +147,8 @@ def _check_arguments(
     hints = _hints(target)
     checked = {}
     for name, value in arguments.items():
+        if isinstance(value, str) and value == "???":  # Hydra's word for a value that only the user knows
+            raise UserError(f"{dot}{name} is needed and has no default: write {dot}{name}=VALUE")
         hint = hints.get(name, Any)
         try:
             checked[name] = _coerce(hint, value)

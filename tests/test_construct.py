@@ -177,3 +177,8 @@ def test_a_method_of_a_class_can_be_named() -> None:
     from fractions import Fraction
 
     assert locate("fractions.Fraction.from_float", "x") == Fraction.from_float
+
+
+def test_what_only_the_user_knows_is_asked_for():
+    with pytest.raises(UserError, match=r"partition\.path is needed .* partition\.path=VALUE"):
+        build({"_target_": "fedsim.partition.saved.Saved", "path": "???"}, "partition")
