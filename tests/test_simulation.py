@@ -14,8 +14,7 @@ from torch import nn
 
 import fedsim
 from fedsim import build as building
-from fedsim import build_data
-from fedsim import simulation
+from fedsim import build_data, simulation
 from fedsim.catalogue import options, roots
 from fedsim.clients.cross_entropy import CrossEntropy
 from fedsim.config import compose
