@@ -1,8 +1,9 @@
 """The figures of the README's table: every method on the default setting, seeds 0-4.
 
-    python benchmarks/methods.py [--folder FOLDER] [override ...]
+    python benchmarks/methods.py [--folder FOLDER] [--only NAME ...] [override ...]
 
-An override holds for all methods, e.g. partition.alpha=0.1. One line of Markdown a method: mean ± standard deviation
+An override holds for all methods, e.g. partition.alpha=0.1; --only scaffold fednova takes some strategies alone.
+One line of Markdown a method: mean ± standard deviation
 (of the sample, n − 1) of the last round's figures, in per cent, on the test split and on the clients' own test data.
 """
 
@@ -76,10 +77,10 @@ def cell(values: Sequence[float | None]) -> str:
     return f"{statistics.mean(figures):.1f} ± {statistics.stdev(figures):.1f}"
 
 
-def main(folder: Path, overrides: Sequence[str]) -> None:
+def main(folder: Path, overrides: Sequence[str], methods: Sequence[Sequence[str]] = METHODS) -> None:
     """Print the table."""
     print("| overrides | accuracy, % | clients' mean accuracy, % |\n|---|---|---|")
-    for method in METHODS:
+    for method in methods:
         results = measure(method, overrides, folder)
         columns = [cell([r.get(name) for r in results]) for name in ("accuracy", "client_accuracy_mean")]
         print(f"| `{' '.join(method)}` | {columns[0]} | {columns[1]} |", flush=True)
@@ -90,6 +91,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--folder", type=Path, help="keeps the run folders; a temporary one if absent")
-    given = parser.parse_args()
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="strategies; all if absent")
+    given = parser.parse_intermixed_args()
+    chosen = [m for m in METHODS if given.only is None or m[0].removeprefix("strategy=") in given.only]
     with tempfile.TemporaryDirectory() as temporary:
-        main(given.folder or Path(temporary), given.overrides)
+        main(given.folder or Path(temporary), given.overrides, chosen)

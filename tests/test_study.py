@@ -9,7 +9,8 @@ from scipy import stats
 
 from fedsim.errors import UserError
 from fedsim.study import page, verdict
-from fedsim.study.drive import OTHER_SEEDS, Asked, _figure, _judge, _overrides, _write, experiment
+from fedsim.study.drive import OTHER_SEEDS, Asked, _judge, _overrides, _write, experiment
+from fedsim.study.figure import figure
 from fedsim.study.spec import Study, build, load, merged
 from fedsim.sweep.board import Board
 
@@ -144,6 +145,23 @@ def toys(tmp_path):
     return tmp_path / "configs"
 
 
+def _an_arm_comes_later(go, folder, toys, stamp):
+    """Only its runs are done; yoked to the lengths of its own direction it is the same method."""
+    yaml = toys / "experiment" / "toy.yaml"
+    later = "  early: {like: a, set: [strategy=fedld_yoked, client=sgd], replays: a}\n  a: {set:"
+    yaml.write_text(yaml.read_text().replace("  a: {set:", later).replace("controls: [again]", "controls: [early]"))
+    assert "| a − early | alpha=5.0 |" in go()[1]
+    assert stamp == {path: path.stat().st_mtime_ns for path in stamp}
+    found = {(row["arm"], row["partition.alpha"], row["seed"]): row for row in
+             json.loads((folder / "report" / "sweep.json").read_text())["trials"]}  # fmt: skip
+    assert len(found) == 2 * 4 * 2
+    for alpha, seed in ((1.0, 0), (1.0, 1), (5.0, 0), (5.0, 1)):
+        assert found["early", alpha, seed]["loss"] == pytest.approx(found["a", alpha, seed]["loss"], rel=1e-4)
+    yaml.write_text(yaml.read_text().replace("client.lr=0.0001,0.3", "client.lr=0.0001,0.2"))
+    with pytest.raises(UserError, match="holds another experiment"):
+        go()
+
+
 def test_a_whole_experiment(toys, tmp_path):
     def go(*words):
         return experiment("toy", [f"hydra.sweep.dir={tmp_path / 'out'}", "sweep.workers=1", *words], toys, Board())
@@ -183,20 +201,7 @@ def test_a_whole_experiment(toys, tmp_path):
     with pytest.raises(UserError, match="holds another experiment"):
         go("num_rounds=3")
 
-    # an arm may come later: only its runs are done. Yoked to the very lengths of its own direction it is the same method
-    yaml = toys / "experiment" / "toy.yaml"
-    later = "  early: {like: a, set: [strategy=fedld_yoked, client=sgd], replays: a}\n  a: {set:"
-    yaml.write_text(yaml.read_text().replace("  a: {set:", later).replace("controls: [again]", "controls: [early]"))
-    assert "| a − early | alpha=5.0 |" in go()[1]
-    assert stamp == {path: path.stat().st_mtime_ns for path in stamp}
-    found = {(row["arm"], row["partition.alpha"], row["seed"]): row for row in
-             json.loads((folder / "report" / "sweep.json").read_text())["trials"]}  # fmt: skip
-    assert len(found) == 2 * 4 * 2
-    for alpha, seed in ((1.0, 0), (1.0, 1), (5.0, 0), (5.0, 1)):
-        assert found["early", alpha, seed]["loss"] == pytest.approx(found["a", alpha, seed]["loss"], rel=1e-4)
-    yaml.write_text(yaml.read_text().replace("client.lr=0.0001,0.3", "client.lr=0.0001,0.2"))
-    with pytest.raises(UserError, match="holds another experiment"):
-        go()
+    _an_arm_comes_later(go, folder, toys, stamp)
 
     target = tmp_path / "results.md"
     page.put(target, "other", "kept")
@@ -307,9 +312,9 @@ def test_a_figure_that_no_run_has_is_the_users_to_mend(tmp_path):
     study = Study(claims=[CLAIM], arms=ARMS, metric="los")
     row = written(tmp_path, 0, [{"round": 1, "loss": 1.0}])
     with pytest.raises(UserError, match="metric: runs have no los; they have loss"):
-        _figure(study, tmp_path, row)
+        figure(study, tmp_path, row)
     with pytest.raises(UserError, match="along: rounds have no rounds; they have loss, round"):
-        _figure(Study(claims=[CLAIM], arms=ARMS, metric="loss", target=0.1, along="rounds"), tmp_path, row)
+        figure(Study(claims=[CLAIM], arms=ARMS, metric="loss", target=0.1, along="rounds"), tmp_path, row)
 
 
 def test_bytes_until_a_target_go_on_after_a_round_in_which_nobody_arrived(tmp_path):
@@ -322,8 +327,8 @@ def test_bytes_until_a_target_go_on_after_a_round_in_which_nobody_arrived(tmp_pa
     ]
     row = written(tmp_path, 0, rows)
     study = Study(claims=[CLAIM], arms=ARMS, target=0.8, along="bytes_up")
-    assert _figure(study, tmp_path, row) == 12
-    assert _figure(Study(claims=[CLAIM], arms=ARMS, metric="train_loss"), tmp_path, row) == 1
+    assert figure(study, tmp_path, row) == 12
+    assert figure(Study(claims=[CLAIM], arms=ARMS, metric="train_loss"), tmp_path, row) == 1
 
 
 def test_a_wrong_word_is_found_before_anything_runs(toys, tmp_path):

@@ -17,6 +17,7 @@ from fedsim.folder import locked
 from fedsim.metrics.records import plain
 from fedsim.misfit import quoted
 from fedsim.study import page, verdict
+from fedsim.study.figure import figure
 from fedsim.study.spec import FIRST_TUNING_SEED, Arm, Study, build, load, merged
 from fedsim.sweep import plan as plans
 from fedsim.sweep import search, table
@@ -250,7 +251,7 @@ def _judge(asked: Asked, folder: Path, rows: Sequence[table.Row]) -> page.Findin
     names = {page.cell_name(cell[1]): cell[1] for cell in study.cells}
     for row in rows:
         cell = page.cell_name({key: row[key] for key in next(iter(names.values()))})
-        figures.setdefault((cell, row["arm"]), []).append(_figure(study, folder / "report", row))
+        figures.setdefault((cell, row["arm"]), []).append(figure(study, folder / "report", row))
 
     best = max if study.sign > 0 else min
     for cell in names:
@@ -281,32 +282,6 @@ def _judge(asked: Asked, folder: Path, rows: Sequence[table.Row]) -> page.Findin
     means = {key: sum(values) / len(values) if values else math.nan for key, values in finite.items()}
     diverged = {key: len(values) - len(finite[key]) for key, values in figures.items()}
     return page.Findings(lines, checks, means, diverged)
-
-
-def _figure(study: Study, folder: Path, row: Mapping[str, Any]) -> float:
-    """Return what is compared of one run: the worst value, ±∞, where its metric is not finite."""
-    lines = (folder / row["trial"] / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-    rounds = [json.loads(line) for line in lines]
-    if study.target is None:
-        ends: list[Mapping[str, Any]] = [row, *reversed(rounds)]
-        known: Mapping[str, Any] = next((found for found in ends if study.metric in found), {})
-        value = known.get(study.metric, "")
-        if value is None:  # what is not finite is written as null
-            return -study.sign * math.inf
-        if not isinstance(value, int | float):
-            raise UserError(f"metric: runs have no {study.metric}; they have {', '.join(sorted({*row, *rounds[-1]}))}")
-        return float(value)
-    if not any(study.along in found for found in rounds):
-        raise UserError(f"along: rounds have no {study.along}; they have {', '.join(sorted(rounds[-1]))}")
-    along = 0.0
-    for found in rounds:
-        step = float(found.get(study.along) or 0.0)  # a round in which nobody arrived has no bytes_up
-        along = along + step if study.along == "bytes_up" else max(along, step)
-        value = found.get(study.metric)
-        reached = value is not None and (value >= study.target if study.better == "higher" else value <= study.target)
-        if reached:
-            return along
-    return along
 
 
 def _write(path: Path, tree: Any) -> None:

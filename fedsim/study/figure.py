@@ -1,0 +1,38 @@
+"""What is compared of one run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedsim.errors import UserError
+from fedsim.study.spec import Study
+
+
+def figure(study: Study, folder: Path, row: Mapping[str, Any]) -> float:
+    """Return what is compared of one run: the worst value, ±∞, where its metric is not finite."""
+    lines = (folder / row["trial"] / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    rounds = [json.loads(line) for line in lines]
+    if study.target is None:
+        ends: list[Mapping[str, Any]] = [row, *reversed(rounds)]
+        known: Mapping[str, Any] = next((found for found in ends if study.metric in found), {})
+        value = known.get(study.metric, "")
+        if value is None:  # what is not finite is written as null
+            return -study.sign * math.inf
+        if not isinstance(value, int | float):
+            raise UserError(f"metric: runs have no {study.metric}; they have {', '.join(sorted({*row, *rounds[-1]}))}")
+        return float(value)
+    if not any(study.along in found for found in rounds):
+        raise UserError(f"along: rounds have no {study.along}; they have {', '.join(sorted(rounds[-1]))}")
+    along = 0.0
+    for found in rounds:
+        step = float(found.get(study.along) or 0.0)  # a round in which nobody arrived has no bytes_up
+        along = along + step if study.along == "bytes_up" else max(along, step)
+        value = found.get(study.metric)
+        reached = value is not None and (value >= study.target if study.better == "higher" else value <= study.target)
+        if reached:
+            return along
+    return along
