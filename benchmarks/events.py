@@ -2,9 +2,10 @@
 
 An event is a reply that arrives, with the dispatch of the client that takes its place: a round has as many as its
 buffer. Counted is everything outside the engine: sampling, the clock's events, versions, grid, rule and records; CPU
-time of the process, so that other work on the machine does not count. Memory is counted in copies of the model: when the
-engine has trained, all arrays of at least D numbers beside the data, against the versions that somebody has been sent
-and the buffer. `python -m benchmarks.events` is the run.
+time of the process, so that other work on the machine does not count.
+
+Memory is counted in copies of the model: when the engine has trained, all arrays of at least D numbers beside the data,
+against the versions that somebody has been sent and the buffer. `python -m benchmarks.events` is the run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """Gradient inversion: what it must find, what it must leave alone, and what it may not read."""
 
+import importlib
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -472,6 +475,24 @@ def test_a_run_goes_on_with_its_samples_and_estimates(tmp_path):
     for log in (first.rounds, first.times):
         log.close()
     assert torch.equal(second.weights, whole.weights)
+
+
+@pytest.mark.parametrize("lr", [0.1, 0.3])
+def test_estimates_point_where_the_true_update_does(tmp_path, lr):
+    """1 − cos ≤ .1 forty rounds late, in round 60, from a cold start; `python -m benchmarks.staleness` prints them."""
+    found = staleness().errors(tmp_path, iterations=60, lr=lr)
+    assert len(found["inversion"]) == 2
+    assert (found["inversion"] <= 0.1).all()
+    assert (found["inversion"] < 0.5 * found["stale"]).all()
+
+
+def staleness():
+    path = str(Path(__file__).parent.parent)
+    sys.path.insert(0, path)  # benchmarks/ is run from the repository's root and is no part of the package
+    try:
+        return importlib.import_module("benchmarks.staleness")
+    finally:
+        sys.path.remove(path)
 
 
 @pytest.mark.parametrize(
