@@ -47,6 +47,12 @@ def test_a_timeline_by_hand():
     assert {"simulated minutes", "10"} <= {e.text for e in parts(minutes).iter("text")}
 
 
+def test_of_jobs_that_overlap_one_is_drawn():
+    rows = np.array([1, 0, 0, 0, 0, 1])
+    started, arrived = np.array([0.0, 2, 0, 1, 3, 2]), np.array([2.0, 5, 2, 3, 9, 4])
+    assert delay._apart(rows, started, arrived).tolist() == [True, True, True, False, False, True]
+
+
 def test_bars_by_hand():
     svg = bars("late", np.array([0, 1, 3]), np.array([0.25, 0.5, 0.25]), "rounds late")
     found = [e.get("d") for e in parts(svg).iter("path") if e.get("class") == "fill f0"]

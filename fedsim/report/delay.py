@@ -80,7 +80,8 @@ def _timelines(table: Table, jobs: Mapping[str, Jobs]) -> str:
         return ""
     text = (
         "Each client's jobs from slow (above) to fast, from the beginning: transfer of the model and of the reply, "
-        "training, and held back until its round. A dot is a reply that came stale; between jobs a client is idle."
+        "training, and held back until its round. A dot is a reply that came stale; between jobs a client is idle. Of "
+        "several jobs that a client has under way at a time one is drawn, and the dots of all."
     )
     legend = "".join(
         f'<span><svg viewBox="0 0 34 10"><path class="fill {kind}" d="M1 1H33V9H1Z"/></svg>{name}</span>'
@@ -122,9 +123,22 @@ def _timeline(title: str, jobs: Jobs) -> str:
         ("held", rows, sent, mine.arrived), ("f1", rows, mine.started, begun), ("f1", rows, done, sent),
         ("f0", rows, begun, done),
     ]  # fmt: skip
+    alone = _apart(rows, mine.started, mine.arrived)  # (n,)
+    spans = [(kind, where[alone], low[alone], high[alone]) for kind, where, low, high in spans]
     late = mine.staleness > 0
     names = [str(ids[client]) for client in shown]
     return timeline(title, spans, (rows[late], mine.arrived[late]), names, end)
+
+
+def _apart(rows: Int, started: Float, arrived: Float) -> npt.NDArray[np.bool_]:
+    """Return which jobs (n,) to draw: of each row, from the first, the next that begins when the last one has ended."""
+    drawn = np.zeros(len(rows), dtype=bool)
+    free: dict[int, float] = {}  # row → when its last drawn job ended
+    for job in np.lexsort((started, rows)).tolist():
+        if started[job] >= free.get(int(rows[job]), -np.inf):
+            drawn[job] = True
+            free[int(rows[job])] = float(arrived[job])
+    return drawn
 
 
 def _histograms(table: Table, jobs: Mapping[str, Jobs]) -> str:
@@ -167,7 +181,7 @@ def _errors(table: Table) -> str:
         return ""
     text = (
         "How far from the clients' true updates, once these arrive, their estimates (E1) and the stale updates (E2) "
-        "were, in L1: γ falls to 0 once E1 > E2. One seed of each."
+        "were, in L1: γ falls from 1 to 0 once E1 > E2, and is drawn below where it does. One seed of each."
     )
     legend = "".join(
         f'<span><svg viewBox="0 0 34 10"><path class="line s{i}" d="M1 5H33"/></svg>{escape(name)}</span>'
