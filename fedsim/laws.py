@@ -72,7 +72,7 @@ def check_strategy(
 ) -> None:
     """Run the laws on a rule; say which failed and what to do about it.
 
-    What every rule keeps: `shape`, `finite`, `deterministic`, `pure` (inputs are left alone), `state` (plain
+    What every rule keeps: `pure` (inputs are left alone), `deterministic`, `shape`, `finite`, `state` (plain
     values that a checkpoint can hold), `metrics`, `precision` (float32 follows float64), `streaming` (a linear
     rule gives the same from sums), `permutation` (of the clients) and `weights` (only their ratios count).
     What means and selections keep beside, and adaptive or clipping rules do not: `unanimity` (rule of equal
@@ -127,6 +127,25 @@ def _same(law: str, got: Tensor, want: Tensor, cure: str, tolerance: float = 1e-
     _expect(law, error <= tolerance, f"{cure} (relative error {error:.1e}, {tolerance:.0e} allowed)")
 
 
+# In the order in which they are run: what would show as a fault of another kind comes first.
+
+
+def _law_pure(rule: Rule, cohort: Cohort) -> None:
+    state = rule.init(cohort.layout, len(cohort))
+    _, state, _ = rule(cohort, state)
+    copies = cohort.rows.clone(), cohort.weights.clone(), _clone(state)
+    rule(replace(cohort, round=cohort.round + 1), state)
+    _expect("pure", torch.equal(copies[0], cohort.rows), "the rule writes into the updates; copy before you change")
+    _expect("pure", torch.equal(copies[1], cohort.weights), "the rule writes into the weights")
+    _expect("pure", _equal(copies[2], state), "the rule writes into the state that it was given; return a new one")
+
+
+def _law_deterministic(rule: Rule, cohort: Cohort) -> None:
+    first, second = _run(rule, cohort)[0], _run(rule, cohort)[0]
+    cure = "two calls differ; draw randomness from cohort.rng(purpose), and return what is remembered in the state"
+    _expect("deterministic", torch.equal(first, second), cure)
+
+
 def _law_shape(rule: Rule, cohort: Cohort) -> None:
     for updates in (cohort.rows, cohort.rows.float()):
         delta, _, _ = _run(rule, _with(cohort, updates))
@@ -146,22 +165,7 @@ def _law_finite(rule: Rule, cohort: Cohort) -> None:
         (hostile.float(), "one huge update"),
     ):
         delta, _, _ = _run(rule, _with(cohort, updates), rounds=2)
-        _expect("finite", torch.isfinite(delta).all(), f"{what} give a NaN or an infinity; guard the division")
-
-
-def _law_deterministic(rule: Rule, cohort: Cohort) -> None:
-    first, second = _run(rule, cohort)[0], _run(rule, cohort)[0]
-    _expect("deterministic", torch.equal(first, second), "two calls differ; draw randomness from cohort.rng(purpose)")
-
-
-def _law_pure(rule: Rule, cohort: Cohort) -> None:
-    state = rule.init(cohort.layout, len(cohort))
-    _, state, _ = rule(cohort, state)
-    copies = cohort.rows.clone(), cohort.weights.clone(), _clone(state)
-    rule(replace(cohort, round=cohort.round + 1), state)
-    _expect("pure", torch.equal(copies[0], cohort.rows), "the rule writes into the updates; copy before you change")
-    _expect("pure", torch.equal(copies[1], cohort.weights), "the rule writes into the weights")
-    _expect("pure", _equal(copies[2], state), "the rule writes into the state that it was given; return a new one")
+        _expect("finite", torch.isfinite(delta).all(), f"a NaN or an infinity from {what}; guard the division")
 
 
 def _law_state(rule: Rule, cohort: Cohort) -> None:
@@ -171,8 +175,10 @@ def _law_state(rule: Rule, cohort: Cohort) -> None:
 
 def _law_metrics(rule: Rule, cohort: Cohort) -> None:
     for name, value in _run(rule, cohort)[2].items():
-        shape = tuple(torch.as_tensor(value).shape)
         _expect("metrics", isinstance(name, str), f"names must be strings, got {name!r}")
+        is_number = isinstance(value, (Tensor, np.ndarray, np.generic, bool, int, float))
+        _expect("metrics", is_number, f"{name} must be a number or (K,), got {value!r}")
+        shape = tuple(torch.as_tensor(value).shape)
         _expect("metrics", shape in {(), (len(cohort),)}, f"{name} must be a number or (K,), got shape {shape}")
 
 

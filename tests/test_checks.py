@@ -31,6 +31,21 @@ class Branching(Plain):
         return loss if targets.double().mean().item() > 1 else 2 * loss  # one answer for all that are trained at once
 
 
+class Asking(Plain):
+    """Asks for a tensor's value, to no end."""
+
+    def criterion(self, logits, targets, weights):
+        loss = super().criterion(logits, targets, weights)
+        return loss if loss.sum().item() > -1 else loss + 1
+
+
+class Averaging(Plain):
+    """Averages over whatever stands in front, which is the batch alone only where one client trains."""
+
+    def criterion(self, logits, targets, weights):
+        return cross_entropy(logits.movedim(-1, 1) if logits.dim() > 2 else logits, targets)
+
+
 class Counting(Plain):
     """Keeps something in itself between calls."""
 
@@ -89,6 +104,13 @@ def test_every_law_finds_what_breaks_it(law):
     client, strategy, cure = BROKEN[law]
     with pytest.raises(AssertionError, match=f"law '{law}': .*{cure}"):
         check_client(client, strategy=strategy, laws=[law])
+
+
+def test_a_cohort_is_one_program_in_every_way_that_a_gpu_may_train_it():
+    with pytest.raises(AssertionError, match="law 'engines': .*keep leading axes apart"):
+        check_client(Averaging(), laws=["engines"])  # recorded steps, a CPU's way, train clients one by one
+    with pytest.raises(AssertionError, match="law 'engines': a cohort cannot be trained as one program"):
+        check_client(Asking(), laws=["engines"])  # the kernels of layers would run it
 
 
 def test_what_is_right_passes():

@@ -130,6 +130,40 @@ def test_a_rule_with_a_fault_fails_its_law(law):
         check_strategy(Broken(law), laws=[law])
 
 
+class Remembering(Broken):
+    """Keeps its calls in itself."""
+
+    calls = 0
+
+    def __call__(self, cohort, state):
+        type(self).calls += 1
+        return self.calls * cohort.rows.mean(0), state, {}
+
+
+class Naming(Broken):
+    def __call__(self, cohort, state):
+        return cohort.rows.mean(0), state, {"winner": "client 3"}
+
+
+class Overwriting(Broken):
+    def __call__(self, cohort, state):
+        return cohort.rows.mul_(2).mean(0), state, {}
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (Remembering("none"), "law 'deterministic': two calls differ; .* return what is remembered in the state"),
+        (Naming("none"), "law 'metrics': winner must be a number or .K,., got 'client 3'"),
+        (Overwriting("none"), "law 'pure': the rule writes into the updates; copy before you change"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_all_laws_together_name_the_fault_itself(rule, said):
+    with pytest.raises(AssertionError, match=said):
+        check_strategy(rule)
+
+
 def test_a_linear_rule_that_looks_at_rows_fails_streaming():
     with pytest.raises(AssertionError, match="law 'streaming'"):
         check_strategy(BrokenLinear())
