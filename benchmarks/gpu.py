@@ -10,9 +10,10 @@ import gc
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
 # Relative distance of a side's mean update from the plain loop's: rounding of float32, of TF32, of bfloat16. Labels are
 # random here, so an update is mostly what clients do not agree on, and rounding weighs more than in a real run.
 BOUNDS = {"": 1e-3, "tf32": 1e-1, "bf16": 5e-1}
+PATIENCE = 420.0  # seconds after which no section begins
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,7 @@ class CompiledLoop(TightLoop):
 
 
 def gpu(options: harness.Options, device: str | None = None) -> dict[str, Any]:
-    """Run all sections; on CUDA write docs/gpu.md.
+    """Run all sections; on CUDA write docs/gpu.md after each. What fails or finds no time is left out and named.
 
     Args:
         options: `rounds` bounds the timed rounds.
@@ -89,19 +91,47 @@ def gpu(options: harness.Options, device: str | None = None) -> dict[str, Any]:
         "title": f"on {torch.cuda.get_device_name() if large else 'the CPU, at small sizes'}",
         "ratios": {}, "figures": {}, "plans": {}, "left_out": {}, "notes": [],
     }  # fmt: skip
+    jobs = _jobs(result, options, device)
+    began = time.perf_counter()
     with _deterministic():
-        for cohort in (10, 50, 100, 300, 1000) if large else (2,):
-            _section(
-                result, f"B1 cohort {cohort}", _b1(cohort), options, device, variants=cohort == (100 if large else 2)
-            )
-        _section(result, "B4", workloads.b4() if large else workloads.b4(samples=10), options, device)
-        _section(result, "B3", workloads.b3() if large else workloads.b3(clients=20, cohort=2), options, device)
-        result["notes"] += _profile(_b1(100 if large else 2), device)
-        result["figures"]["B1 end to end"] = end_to_end(device, *((500, 50, 1500) if large else (2, 1, 2, 20)))
-    result["machine"] = harness.machine()
-    if large:
-        PAGE.write_text(page(result), encoding="utf-8")
+        for title, work in jobs.items():
+            if time.perf_counter() - began > PATIENCE:
+                result["left_out"][title] = f"{PATIENCE:.0f} s were up"
+                continue
+            try:
+                work()
+            except Exception as error:  # the other sections are still worth having
+                result["left_out"][title] = f"{type(error).__name__}: {error}".splitlines()[0]
+            gc.collect()
+            result["machine"] = harness.machine()
+            if large:  # after each section: whoever stops the rest has the figures so far
+                PAGE.write_text(page(result), encoding="utf-8")
     return result
+
+
+def _jobs(result: dict[str, Any], options: harness.Options, device: str) -> dict[str, Callable[[], None]]:
+    """Return what is measured, in order: what matters most comes first."""
+    large = device != "cpu"
+
+    def section(title: str, work: Callable[[], Workload], variants: bool = False) -> Callable[[], None]:
+        return lambda: _section(result, title, work(), options, device, variants=variants)
+
+    def profile() -> None:
+        result["notes"] += _profile(_b1(100 if large else 2), device)
+
+    def whole() -> None:
+        result["figures"]["B1 end to end"] = end_to_end(device, *((500, 50, 1500) if large else (2, 1, 2, 20)))
+
+    jobs: dict[str, Callable[[], None]] = {}
+    for cohort in (100, 50) if large else (2,):
+        title = f"B1 cohort {cohort}"
+        jobs[title] = section(title, partial(_b1, cohort), variants=cohort != 50)
+    jobs["B1 end to end"], jobs["profile"] = whole, profile
+    jobs["B4"] = section("B4", workloads.b4 if large else partial(workloads.b4, samples=10))
+    jobs["B3"] = section("B3", workloads.b3 if large else partial(workloads.b3, clients=20, cohort=2))
+    for cohort in (10, 300, 1000) if large else ():
+        jobs[f"B1 cohort {cohort}"] = section(f"B1 cohort {cohort}", partial(_b1, cohort))
+    return jobs
 
 
 def _b1(cohort: int) -> Workload:
@@ -123,25 +153,34 @@ def _section(
         "plain_loop": TightLoop(placed), "limit": Limit(placed, 500 if device != "cpu" else 50),
     }  # fmt: skip
     engines, memory = [], {}
-    wanted = ["auto", "sequential"] + (["auto tf32", "auto bf16", "sequential bf16"] if variants else [])
+    wanted = ["auto", "sequential", "graphs"]
+    wanted += ["auto tf32", "auto bf16", "sequential bf16"] if variants else []
     for name in wanted:
         kind, _, precision = name.partition(" ")
-        if precision == "tf32" and device == "cpu":
+        if device == "cpu" and (precision == "tf32" or kind == "graphs"):
             continue
         with Peak(device) as peak:
             task = replace(placed.task(), precision=precision or "fp32")
-            engine, _ = make_engine(task, kind, cohort=work.cohort, threads=options.threads)
+            given = {"name": "vectorized", "graphs": True} if kind == "graphs" else {"name": kind}
+            engine, _ = make_engine(task, cohort=work.cohort, threads=options.threads, **given)
             side = _switched(engine_side(engine, placed), precision)
             side(1)
         engines.append(engine)
         sides[name], memory[name] = side, peak.bytes
         result["plans"][f"{title}: {name}"] = dict(engine.plan)
     if device == "cpu":
-        result["left_out"][f"{title}: graphed_loop, compiled_loop"] = "for CUDA devices"
+        result["left_out"][f"{title}: graphs, graphed_loop, compiled_loop"] = "for CUDA devices"
     else:
-        sides["graphed_loop"] = GraphedLoop(placed)
-        if variants:
-            sides["compiled_loop"] = CompiledLoop(placed)
+        for name, loop in {
+            "graphed_loop": GraphedLoop,
+            **({"compiled_loop": CompiledLoop} if variants else {}),
+        }.items():
+            try:
+                sides[name] = loop(placed)
+                sides[name](1)
+            except Exception as error:  # a compiler may be missing, and the other sides are still worth having
+                sides.pop(name, None)
+                result["left_out"][f"{title}: {name}"] = f"{type(error).__name__}: {error}".splitlines()[0]
     differences = _check(sides)
     seconds = harness.race(sides, options, least=5, budget=10.0)
     for engine in engines:
@@ -150,6 +189,7 @@ def _section(
         extra = {} if memory.get(name) is None else {"memory_mib": memory[name] / 2**20}
         result["figures"][f"{title}: {name}"] = row | extra | {"difference": differences.get(name, 0.0)}
     pairs = [("auto", other) for other in ("graphed_loop", "plain_loop", "compiled_loop", "sequential", "limit")]
+    pairs += [("graphs", other) for other in ("auto", "graphed_loop", "limit")]
     pairs += [(name, name.partition(" ")[0]) for name in sides if " " in name]
     result["ratios"] |= {f"{title}: {pair}": row for pair, row in harness.ratios(seconds, pairs).items()}
     sides.clear()
@@ -275,10 +315,11 @@ def page(result: Mapping[str, Any]) -> str:
         f"| {pair} | {row['median']:.2f} | {row['q1']:.2f} – {row['q3']:.2f} |"
         for pair, row in result["ratios"].items()
     ]
-    whole = result["figures"]["B1 end to end"]
-    lines += [
-        "", f"{whole['rounds']} rounds of B1 end to end, set-up and evaluation included: {whole['seconds']:.1f} s, "
-        f"of which {whole['training_s']:.1f} s training and {whole['evaluation_s']:.1f} s evaluation.", "",
-        "```text", *result["notes"], "```", "",
-    ]  # fmt: skip
+    if whole := result["figures"].get("B1 end to end"):
+        lines += [
+            "", f"{whole['rounds']} rounds of B1 end to end, set-up and evaluation included: {whole['seconds']:.1f} s, "
+            f"of which {whole['training_s']:.1f} s training and {whole['evaluation_s']:.1f} s evaluation.",
+        ]  # fmt: skip
+    lines += ["", *(f"Left out: {what}: {why}." for what, why in result["left_out"].items())]
+    lines += ["", "```text", *result["notes"], "```", ""]
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from fedsim.config import Config, instantiate, plain
 from fedsim.construct import locate
 from fedsim.contracts import Dataset, Partition
 from fedsim.data.kept import placed
+from fedsim.engine.blame import users_line
 from fedsim.engine.store import ClientStore
 from fedsim.engine.task import BUFFER, LOCAL, Task
 from fedsim.errors import UserError
@@ -83,9 +84,7 @@ def build_task(
     except Exception as error:
         shape = tuple(x.shape[1:])
         hint = "" if x.is_floating_point() else "; these are tokens: choose model=char_gru, or a model that embeds them"
-        raise UserError(
-            f"model: it does not take inputs of shape {shape}: {(str(error).splitlines() or [''])[0]}{hint}"
-        ) from error
+        raise UserError(f"model: it does not take inputs of shape {shape}: {users_line(error)}{hint}") from error
     torch.set_num_threads(run.threads or (num_cores() if work >= THREADS_PAY else 1))
     task = Task(
         module=model, shared=names.shared, local=names.local, buffers=names.buffers, objective=objective,

@@ -165,7 +165,11 @@ class GenericGradient:
             with dropout_key(key):
                 value: Tensor
                 if self.of_batch:
-                    value = objective.loss(self.model, params, Batch(x, y), situation.context(mine, step.number))[0]
+                    result = objective.loss(self.model, params, Batch(x, y), situation.context(mine, step.number))
+                    if not isinstance(result, tuple):
+                        what = f"{type(objective).__name__}.loss"
+                        raise TypeError(f"{what} must return (loss, extras), got {type(result).__name__}")
+                    value = result[0]
                 else:
                     value = objective.criterion(self.model(params, x), y, weights)
                 return value

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
-import traceback
 from typing import Any
 
 import numpy as np
@@ -12,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fedsim.engine.batches import Step
+from fedsim.engine.blame import batching
+from fedsim.engine.blame import users_line as users_line
 from fedsim.engine.fused import convert
 from fedsim.engine.gradients import FusedGradient, GenericGradient, Gradient
 from fedsim.engine.model import Functional
@@ -19,8 +19,6 @@ from fedsim.engine.situation import Situation
 from fedsim.engine.task import BUFFER, LOCAL, Task
 from fedsim.engine.unrolled import unrolled
 from fedsim.layout import Params
-
-_INSIDE = re.compile(r"/(torch|fedsim/engine)/")  # files that are not the user's
 
 
 def lanes(task: Task, kernels: str, count: int) -> list[Gradient]:
@@ -42,13 +40,13 @@ def lanes(task: Task, kernels: str, count: int) -> list[Gradient]:
     copies = (unrolled(copy.deepcopy(task.module)) for _ in range(count))
     generic = [GenericGradient(task, module, mixes_samples=mixes) for module in copies]
     _same_logits(task, generic[0])
+    losses = _try_loss(task, generic[0])
     if kernels != "generic" and not generic[0].whole:
         fused = [_fused(task) for _ in range(count)]
-        if fused[0] is not None and _same_logits(task, fused[0]):
+        if fused[0] is not None and _same_logits(task, fused[0]) and _same_losses(task, fused[0], losses):
             return [gradient for gradient in fused if gradient is not None]
     if kernels == "fused":
         raise ValueError("kernels=fused: a layer has no fused kernel, or the objective has a loss of its own")
-    _try_loss(task, generic[0])
     return list(generic)
 
 
@@ -106,8 +104,20 @@ def _same_logits(task: Task, gradient: Gradient) -> bool:
     return bool(torch.allclose(alone, together, rtol=1e-3, atol=1e-4 * float(alone.abs().max())))
 
 
-def _try_loss(task: Task, gradient: GenericGradient) -> None:
-    """Differentiate two rows' loss once.
+def _same_losses(task: Task, gradient: FusedGradient, losses: Tensor | None) -> bool:
+    """Say whether a criterion of merged rows returns each row's own loss; None: nobody knows what those are."""
+    try:
+        merged = _try_loss(task, gradient)
+    except Exception:  # it runs by rows
+        return False
+    if merged is None or losses is None:
+        return merged is losses
+    near = merged.shape == losses.shape
+    return near and bool(torch.allclose(merged, losses, rtol=1e-3, atol=1e-4 * float(losses.abs().max())))
+
+
+def _try_loss(task: Task, gradient: Gradient) -> Tensor | None:
+    """Differentiate two rows' loss once, in training; return it (2,), or None where it reads what is not known yet.
 
     Raises:
         ValueError: the objective asks for a tensor's value, which no batched program has.
@@ -127,24 +137,13 @@ def _try_loss(task: Task, gradient: GenericGradient) -> None:
         "num_samples": torch.full((2,), size, device=task.device),
         "key": keys,
     }
-    gradient.begin((*task.shared.names, *task.local.names), task.training, task.training.lr, 0.0)
+    moving = () if gradient.fused else (*task.shared.names, *task.local.names)  # fused kernels would move them at once
+    gradient.begin(moving, task.training, task.training.lr, 0.0)
     try:
-        gradient(params, x, step, keys, Situation(task, 0, task.training.lr, stacked, {}))
+        return gradient(params, x, step, keys, Situation(task, 0, task.training.lr, stacked, {}))[0]
     except RuntimeError as error:
         if batching(error):
             raise ValueError(f"clients cannot be batched: {users_line(error)}") from error
-    except (KeyError, AttributeError):
-        return  # it reads what the rule will send, which is not known yet: the first round will tell
-
-
-def batching(error: RuntimeError) -> bool:
-    """Say whether an error is `torch.func`'s: something in the user's code cannot be batched."""
-    return "vmap" in str(error) or "functorch" in str(error)
-
-
-def users_line(error: BaseException) -> str:
-    """Return what went wrong and the last line of the user's own code on the way there."""
-    own = [f for f in traceback.extract_tb(error.__traceback__) if not _INSIDE.search(f.filename.replace("\\", "/"))]
-    message = str(error).splitlines()[0] if str(error) else type(error).__name__
-    where = f"{own[-1].filename}:{own[-1].lineno}, `{own[-1].line}`: " if own else ""
-    return f"{where}{message}"
+        return None
+    except Exception:  # it may read what the rule will send, which is not known yet: the first round will tell
+        return None

@@ -108,6 +108,11 @@ class Stepping:
 
             moving = dict(zip(plan.moving, listed, strict=True))
             turned, after = vmap(turn)(moving, active, situation.first(count))
+            if missing := sorted(moving.keys() - turned.keys()):
+                what = f"{type(self.task.objective).__name__}.direction"
+                raise ValueError(
+                    f"{what} must return a direction for every parameter that moves; {missing[0]} has none"
+                )
             after = kept(after, active)
             self._lend(after, grads)
             turned = (

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.engine.blame import batching, users_line
 from fedsim.engine.chunk import Chunk
 from fedsim.engine.graphs import Graphs, refusal
 from fedsim.engine.laid import Laid, Target, lay_out
-from fedsim.engine.lanes import batching, lanes, users_line
+from fedsim.engine.lanes import lanes
 from fedsim.engine.task import Block, Job, Task, room
 from fedsim.errors import UserError
 from fedsim.local import Int64
@@ -99,10 +100,12 @@ class Vectorized:
                     chunk.graphs = self.graphs
                     chunk.train(out, block)
                     target.put(rows, out)
-            except RuntimeError as error:
-                if not batching(error):
-                    raise
-                raise UserError(f"engine=vectorized: {users_line(error)}; engine=sequential runs it") from error
+            except (torch.OutOfMemoryError, UserError):
+                raise
+            except Exception as error:
+                if batching(error):
+                    raise UserError(f"engine=vectorized: {users_line(error)}; engine=sequential runs it") from error
+                raise RuntimeError(users_line(error)) from error  # of a client: it may be dropped
             finally:
                 self._lanes.put(gradient)
 
