@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedsim.errors import UserError
+from fedsim.loading import loading
 
 if TYPE_CHECKING:
     from fedsim.console import Observer
@@ -32,26 +33,28 @@ class Stopped(KeyboardInterrupt):
 
 def run(given: Arguments) -> None:
     """Train one run, a set of replicas, or what `resume=` names."""
-    from fedsim import config, console
+    with loading():
+        from fedsim import config, console
 
-    parsed = [config.parse(word) for word in given.words]
+        parsed = [config.parse(word) for word in given.words]
     folders = [item for item in parsed if item.key == "resume" and item.parsed.value() is not None]
     with console.open_observer() as observer:
         if folders:
             others = [item.text for item in parsed if item not in folders]
             _resume(Path(str(folders[0].parsed.value())), others, given.config_dir, observer)
             return
-        composed = config.compose(given.words, config_dir=given.config_dir)
-        for line in config.notes(composed):
-            observer.note(line)
-        try:
+        with loading():
+            composed = config.compose(given.words, config_dir=given.config_dir)
+            for line in config.notes(composed):
+                observer.note(line)
             if composed.replicas > 1:
                 from fedsim import replicas
-
-                replicas.run(composed, observer)
             else:
                 from fedsim import simulation
-
+        try:
+            if composed.replicas > 1:
+                replicas.run(composed, observer)
+            else:
                 simulation.run(composed, observer)
         except KeyboardInterrupt as error:
             raise Stopped(_how_to_resume(Path(composed.hydra.run.dir))) from error
@@ -60,7 +63,8 @@ def run(given: Arguments) -> None:
 def _resume(folder: Path, overrides: list[str], config_dir: Path | None, observer: Observer) -> None:
     if not folder.is_dir():
         raise UserError(f"resume={folder}: no such folder")
-    from fedsim import replicas, saved, simulation
+    with loading():
+        from fedsim import replicas, saved, simulation
 
     try:
         if replicas.is_set(folder):

@@ -31,7 +31,9 @@ Parts = Mapping[str, Any]
 TRAINING = tuple(LocalTraining.__dataclass_fields__)
 
 
-def build(config: Config, parts: Parts | None = None, saved: Mapping[str, Any] | None = None) -> Experiment:
+def build(
+    config: Config, parts: Parts | None = None, saved: Mapping[str, Any] | None = None, *, beside: int = 1
+) -> Experiment:
     """Build everything that a run needs.
 
     Args:
@@ -39,6 +41,7 @@ def build(config: Config, parts: Parts | None = None, saved: Mapping[str, Any] |
         parts: objects that stand in for groups: data (a Dataset), partition, model (an nn.Module or a function that
             returns one), client (an objective), training (a LocalTraining), strategy, sampler, attack, compressor.
         saved: the plan of the run that is gone on with: threads, engine and rhythms are taken from it.
+        beside: runs that are to train as one program with this one, itself among them.
 
     Raises:
         UserError: anything that cannot be run, in one line.
@@ -68,7 +71,7 @@ def build(config: Config, parts: Parts | None = None, saved: Mapping[str, Any] |
     cohort = cohort_size(run.fraction, int((task.partition.sizes > 0).sum()))
     # From here on the module's tensors are the engine's.
     engine, reason = planned_engine(
-        task, plain(config.engine), cohort=cohort, threads=run.threads or num_cores(), saved=saved
+        task, plain(config.engine), cohort=cohort, threads=run.threads or num_cores(), saved=saved, beside=beside
     )
     sampler = parts.get("sampler") or instantiate(_without(config.sampler, "seed"), "sampler")
     evaluation = parts.get("metrics") or instantiate(config.metrics)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -73,6 +74,7 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Conf
     return config
 
 
+@cache  # a run reads each of its words three times, at milliseconds each
 def parse(text: str) -> Given:
     """Read one override.
 

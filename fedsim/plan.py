@@ -100,7 +100,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
 
 
 def planned_engine(
-    task: Task, given: Mapping[str, Any], *, cohort: int, threads: int, saved: Mapping[str, Any] | None
+    task: Task, given: Mapping[str, Any], *, cohort: int, threads: int, saved: Mapping[str, Any] | None, beside: int = 1
 ) -> tuple[Engine, str]:
     """Make the engine, and say why it is this one.
 
@@ -109,12 +109,13 @@ def planned_engine(
         given: the config's arguments of the engine, `name` among them.
         cohort: clients a round.
         threads: cores at hand.
+        beside: runs that train as one program with this one, itself among them.
         saved: the plan of the run that is gone on with. Its engine and its torch threads are taken again, with what
             the config says of arguments that decide no bits (workers); on another kind of device they are not.
 
     """
     if saved is None:
-        return make_engine(task, cohort=cohort, threads=threads, **given)
+        return make_engine(task, cohort=cohort, threads=threads, beside=beside, **given)
     now = as_changed(saved)
     torch.set_num_threads(now["threads"])
     if (now["device"] == "cpu") != (task.device.type == "cpu"):

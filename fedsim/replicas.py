@@ -8,6 +8,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from fedsim.experiment import Experiment
 from fedsim.folder import locked
 from fedsim.misfit import quoted
 from fedsim.objects import with_parts
+from fedsim.partition.picture import drawn_once
 from fedsim.saved import claim_run_dir, has_fixed_folder
 from fedsim.simulation import Launch, Result, launch, relaunch
 from fedsim.sweep import plan as plans
@@ -157,15 +159,17 @@ def run(config: Config, observer: Observer, parts: Mapping[str, Any] | None = No
         words=words, config_dir=config.hydra.runtime.config_dir, threads=config.threads, trials=trials,
         parts=tuple(sorted(parts)),
     )  # fmt: skip
-    launches = {trial.name: partial(_launch, one, parts) for trial, one in zip(trials, configs, strict=True)}
+    launches = {
+        trial.name: partial(_launch, one, parts, len(trials)) for trial, one in zip(trials, configs, strict=True)
+    }
     return _drive(plan, folder, launches, observer)
 
 
-def _launch(config: Config, parts: Mapping[str, Any]) -> Launch:
+def _launch(config: Config, parts: Mapping[str, Any], beside: int) -> Launch:
     strategy = parts.get("strategy")
     if strategy is not None and not callable(strategy):
         raise UserError("strategy: a Flower strategy keeps state, so replicas cannot share one: name it by its choice")
-    return launch(config, parts)
+    return launch(config, parts, beside=beside)
 
 
 def _configs(config: Config, places: Sequence[tuple[int, Path]]) -> list[Config]:
@@ -230,12 +234,12 @@ def resume(folder: Path, overrides: Sequence[str], given_dir: Path | None, obser
                 launches[trial.name] = partial(relaunch, own, overrides)
         else:
             words = [*trial.overrides, plans.setting("hydra.run.dir", str(own)), *overrides]
-            launches[trial.name] = partial(_from_words, words, config_dir)
+            launches[trial.name] = partial(_from_words, words, config_dir, len(plan.trials))
     return _drive(plan, folder, launches, observer)
 
 
-def _from_words(words: Sequence[str], config_dir: Path | None) -> Launch:
-    return launch(compose(words, config_dir=config_dir))
+def _from_words(words: Sequence[str], config_dir: Path | None, beside: int) -> Launch:
+    return launch(compose(words, config_dir=config_dir), beside=beside)
 
 
 def _drive(plan: Plan, folder: Path, launches: Mapping[str, Callable[[], Launch]], observer: Observer) -> list[Result]:
@@ -260,9 +264,9 @@ def _drive(plan: Plan, folder: Path, launches: Mapping[str, Callable[[], Launch]
         plans.save(plan, folder)
         table.write(plan, folder, list(rows.values()))
         try:
-            together(
-                [Entrant(launch=launches[n], observer=v) for n, v in zip(names, chorus.voices, strict=True)], ended
-            )
+            entrants = [Entrant(launch=launches[n], observer=v) for n, v in zip(names, chorus.voices, strict=True)]
+            with TemporaryDirectory() as pictures, drawn_once(Path(pictures)):  # seeds may share their partition
+                together(entrants, ended)
         finally:
             table.write(plan, folder, list(rows.values()))
         if names and len(errors) == len(names) and all(isinstance(error, UserError) for error in errors.values()):

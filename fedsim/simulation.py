@@ -137,15 +137,15 @@ class Launch:
             return _drive(self.experiment, self.folder, observer, time.perf_counter() - self.seconds, self.saved)
 
 
-def launch(config: Config, parts: Mapping[str, Any] | None = None) -> Launch:
-    """Build a run from a composed config; its folder must not hold one already."""
+def launch(config: Config, parts: Mapping[str, Any] | None = None, *, beside: int = 1) -> Launch:
+    """Build a run from a composed config, one of so many `beside` each other; its folder must not hold one already."""
     folder = Path(config.hydra.run.dir)
     if has_fixed_folder(config) and (folder / "plan.json").exists():
         raise UserError(f"{folder} holds a run already; go on with `fedsim run resume={folder}` or choose another")
     started = time.perf_counter()
     if parts:
         config = with_parts(config, parts)
-    experiment = build(config, parts)
+    experiment = build(config, parts, beside=beside)
     folder = claim_run_dir(config)
     return Launch(experiment=experiment, config=config, folder=folder, seconds=time.perf_counter() - started)
 

@@ -121,6 +121,29 @@ def test_a_light_command_imports_nothing_heavy(words: list[str]) -> None:
     assert out or words == ["rnu"]
 
 
+def test_a_wrong_name_is_refused_before_anything_heavy_loads() -> None:
+    light(
+        "import sys; from fedsim.cli import main\n"
+        "for verb in ('run', 'sweep', 'tune', 'partition', 'config'):\n"
+        "    assert main([verb, 'strategy=fedavgg']) == 2\n"
+        "assert not {'torch', 'flwr', 'matplotlib', 'pyarrow'} & set(sys.modules)"
+    )
+
+
+def test_a_run_loads_only_what_it_uses(tmp_path: Path) -> None:
+    """A logistic regression by an own rule: no Flower, no plotting, no compiler, no pandas beside the written table."""
+    unused = {"flwr", "grpc", "google.protobuf", "matplotlib", "pandas", "sklearn", "scipy", "rich", "sympy", "ray",
+              "torch._dynamo", "torch._inductor", "fedsim.sweep", "fedsim.report", "fedsim.replicas"}  # fmt: skip
+    light(
+        "import gc, sys; from fedsim.cli import main\n"
+        f"assert main(['run', 'data=digits', 'num_rounds=1', 'hydra.run.dir={tmp_path / 'run'}']) == 0\n"
+        f"assert not {unused!r} & set(sys.modules), {unused!r} & set(sys.modules)\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000"
+    )
+    assert (tmp_path / "run" / "partition.png").exists()
+    assert (tmp_path / "run" / "clients.parquet").exists()
+
+
 def test_composing_needs_neither_torch_nor_flower() -> None:
     light("import sys; from fedsim.cli import main; main(['config'])\nassert not {'torch', 'flwr'} & set(sys.modules)")
 

@@ -590,6 +590,25 @@ def test_any_split_of_a_job_gives_the_same_bits(cuts):
             assert all(torch.equal(mine[name], theirs[name][low:high]) for name in mine)
 
 
+@pytest.mark.parametrize(("factory", "channels_last"), [(mlp, None), (conv, True), (conv, False)])
+def test_sums_are_those_of_rows_and_leave_out_what_is_not_finite(factory, channels_last):
+    c = torch.linspace(0.5, 2.0, len(SIZES), dtype=torch.float64)  # (K,)
+    one, other = problem(factory), problem(factory)
+    for each in (one, other):
+        poison(each.task, 2)
+    rows = torch.empty(len(SIZES), one.task.shared.size, dtype=torch.float64)
+    block = Sequential(one.task, channels_last=channels_last).train(one.job(), rows)
+    total = torch.full_like(rows[0], 3.0)  # it is added to
+    summed = Sequential(other.task, channels_last=channels_last).train_sum(other.job(), c, total)
+    good = torch.isfinite(block.square_norms)
+    assert good.tolist() == [True, True, False, True, True, True]
+    torch.testing.assert_close(total, 3.0 + c[good] @ rows[good], **TOLERANCE)
+    torch.testing.assert_close(summed.square_norms[good], block.square_norms[good], **TOLERANCE)
+    assert not bool(torch.isfinite(summed.square_norms[2]))
+    for name in block.extras:
+        assert torch.equal(summed.extras[name][good], block.extras[name][good])
+
+
 def coefficients(cohort):
     return cohort.weights**0.5 + cohort.num_steps
 

@@ -128,10 +128,12 @@ def test_replicas_keep_their_own_versions_pulls_and_work():
 
 def test_full_chunks_are_those_of_a_run_alone_and_the_rest_is_shared_out():
     steps = [np.array([1, 3, 2, 9, 9]), np.array([5])]
-    assert [c.tolist() for c in chunks_of(steps, 2, on_cpu=False)] == [[3, 4], [1, 2], [5, 0]]
-    many = chunks_of([np.ones(10, dtype=np.int64)] * 10, 256, on_cpu=True)  # 100 rows: four pieces
+    assert [c.tolist() for c in chunks_of(steps, 2, None)] == [[3, 4], [1, 2], [5, 0]]
+    many = chunks_of([np.ones(10, dtype=np.int64)] * 10, 256, 16)  # 100 rows: four pieces
     assert [len(c) for c in many] == [25] * 4
-    assert [len(c) for c in chunks_of([np.ones(3, dtype=np.int64)] * 4, 256, on_cpu=True)] == [12]
+    assert [len(c) for c in chunks_of([np.ones(3, dtype=np.int64)] * 4, 256, 16)] == [12]
+    small = chunks_of([np.ones(10, dtype=np.int64)] * 10, 256, 50)  # of a model so small that calls cost more than rows
+    assert [len(c) for c in small] == [50, 50]
     assert sorted(np.concatenate(many).tolist()) == list(range(100))
 
 

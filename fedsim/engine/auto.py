@@ -14,7 +14,9 @@ from fedsim.engine.vectorized import Vectorized, chunk_rows
 from fedsim.errors import UserError
 
 
-def make_engine(task: Task, name: str, cohort: int, threads: int, **arguments: Any) -> tuple[Engine, str]:
+def make_engine(
+    task: Task, name: str, cohort: int, threads: int, *, beside: int = 1, **arguments: Any
+) -> tuple[Engine, str]:
     """Return the engine of a name, and why where the name is "auto".
 
     First comes the user's own row of the table, which `fedsim bench --save` has written, where its engine can run the
@@ -27,6 +29,7 @@ def make_engine(task: Task, name: str, cohort: int, threads: int, **arguments: A
         name: auto, sequential, vectorized, processes or ray.
         cohort: clients a round.
         threads: cores at hand.
+        beside: runs whose rows train as one program with it, itself among them: the table counts the rows of all.
         arguments: of that engine.
 
     Raises:
@@ -37,7 +40,7 @@ def make_engine(task: Task, name: str, cohort: int, threads: int, **arguments: A
         return Sequential(task, **arguments), "as asked"
     if name == "vectorized":
         try:
-            engine = _rows_of_one_program(task, cohort, threads, **arguments)
+            engine = _rows_of_one_program(task, cohort * beside, threads, **arguments)
         except ValueError as error:
             raise UserError(f"engine=vectorized: {error}; engine=sequential runs it") from error
         refused = getattr(engine, "no_graphs", "captured steps are no CUDA graphs") if arguments.get("graphs") else None
@@ -53,11 +56,11 @@ def make_engine(task: Task, name: str, cohort: int, threads: int, **arguments: A
             raise UserError(f"engine={name}: {error}") from error
     mine = measured.find(measured.situation(task, cohort, threads))
     if mine is None:
-        return _by_table(task, cohort, threads)
+        return _by_table(task, cohort * beside, threads)
     try:
         engine, _ = make_engine(task, cohort=cohort, threads=threads, **mine.arguments)
     except UserError as error:  # the situation does not say all that an engine may refuse
-        engine, why = _by_table(task, cohort, threads)
+        engine, why = _by_table(task, cohort * beside, threads)
         return engine, f"{why}; not as measured on {mine.measured} by fedsim bench: {error}"
     return engine, f"measured on {mine.measured} by fedsim bench"
 

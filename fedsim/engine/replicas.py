@@ -27,7 +27,8 @@ from fedsim.local import Int64, Schedule
 
 RATES = ("lr", "lr_decay", "lr_decay_every")  # of `LocalTraining`: what may differ between replicas
 PIECES = 4  # chunks on a CPU that the rows of small cohorts are shared out over: enough to keep threads busy
-FEWEST = 16  # rows of such a chunk: fewer would cost more in calls than they save
+FEWEST = 16  # rows of such a chunk, and ENTRIES of all its rows: fewer would cost more in calls than they save
+ENTRIES = 400_000
 
 
 Together = Vectorized | Captured
@@ -222,7 +223,8 @@ def train_together(engine: Vectorized, parts: Sequence[Part]) -> list[Block]:
         block = _joined([room(p.task, p.job, one.num_steps) for p, one in zip(chosen, laid, strict=True)])
         job, target = _job([part.job for part in chosen]), Target([part.out for part in chosen if part.out is not None])
         size = min(part.chunk for part in chosen)
-        chunks = chunks_of([one.num_steps for one in laid], size, on_cpu=engine.task.device.type == "cpu")
+        fewest = max(FEWEST, ENTRIES // max(1, engine.task.shared.size)) if engine.task.device.type == "cpu" else None
+        chunks = chunks_of([one.num_steps for one in laid], size, fewest)
         trainings += engine.trainings(job, _laid(laid), chunks, target, block)
         merged.append((mine, block))
     engine.run(trainings)
@@ -233,13 +235,13 @@ def train_together(engine: Vectorized, parts: Sequence[Part]) -> list[Block]:
     return [block for block in blocks if block is not None]
 
 
-def chunks_of(num_steps: Sequence[Int64], size: int, *, on_cpu: bool) -> list[Int64]:
+def chunks_of(num_steps: Sequence[Int64], size: int, fewest: int | None) -> list[Int64]:
     """Share out the rows of all parts over chunks: a part's own full chunks as it has them alone, the rest together.
 
     Args:
         num_steps: of each part's rows, (K_i,) each.
         size: rows of a full chunk.
-        on_cpu: whether chunks train side by side.
+        fewest: rows of a chunk where chunks train side by side, at least; None: they do not.
 
     Returns:
         (R,) positions among the rows of all parts each, in descending number of steps.
@@ -256,7 +258,7 @@ def chunks_of(num_steps: Sequence[Int64], size: int, *, on_cpu: bool) -> list[In
     if len(together):
         steps = np.concatenate(num_steps)
         together = together[np.argsort(-steps[together], kind="stable")]
-        size = min(size, max(FEWEST, -(-len(together) // PIECES))) if on_cpu else size
+        size = size if fewest is None else min(size, max(fewest, -(-len(together) // PIECES)))
         chunks += [together[i : i + size] for i in range(0, len(together), size)]
     return chunks
 

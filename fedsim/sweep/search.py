@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fedsim.rng import generator
 from fedsim.sweep.grammar import Axis, Interval, bare
 from fedsim.sweep.plan import product
 from fedsim.sweep.table import Row
@@ -81,13 +80,13 @@ def points(axes: Sequence[Axis], intervals: Sequence[Interval], tuning: Tuning) 
         return grid
     number = tuning.num_trials
     if not intervals:
-        order = generator(tuning.seed, "tune").permutation(len(grid))[:number]
+        order = _generator(tuning.seed, "tune").permutation(len(grid))[:number]
         return [grid[i] for i in sorted(order.tolist())]
     return [_drawn(grid, intervals, tuning.seed, j) for j in range(number)]
 
 
 def _drawn(grid: Sequence[Point], intervals: Sequence[Interval], seed: int, number: int) -> Point:
-    rng = generator(seed, "tune", number)
+    rng = _generator(seed, "tune", number)
     overrides, values = grid[int(rng.integers(len(grid)))]
     drawn = {interval.key: _number(interval, float(rng.random())) for interval in intervals}
     return (
@@ -154,3 +153,9 @@ def with_seeds(method: Point, listed: Sequence[Point], seeds: Sequence[int]) -> 
     """Yield every trial of a method: each point with each seed, the seed fastest."""
     for (overrides, values), seed in itertools.product(listed, seeds):
         yield (*method[0], *overrides, f"seed={seed}"), {**method[1], **values, "seed": seed}
+
+
+def _generator(*key: Any) -> Any:
+    from fedsim.rng import generator  # here: it loads torch, which a wrong name should not wait for
+
+    return generator(*key)
