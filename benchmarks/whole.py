@@ -18,18 +18,20 @@ from benchmarks.peer import SCRIPTS, PeerError, environment, interpreter
 NUM_CLIENTS, NUM_SAMPLES, NUM_ROUNDS, ALPHA = 1000, 60_000, 100, 0.5
 PATIENCE = 1800  # seconds
 OURS, FLOWER = "fedsim_100_rounds_cold", "flower_100_rounds_cold"
+FLOOR = "import_torch_cold"
 
 
 def whole_runs(result: dict[str, Any], options: harness.Options) -> dict[str, Any]:
     """Add to B2's result what processes take from their start to their end, imports and data included.
 
     fedsim runs with its defaults, so it evaluates, records and writes checkpoints; Flower trains and aggregates only.
-    Flower runs once, between two of fedsim's.
+    Flower runs once, between two of fedsim's. What it takes to import torch alone stands beside them.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         file = write_data(folder / "b2.npz")
         seconds: dict[str, list[float]] = {OURS: [fedsim_run(file, folder / "0", options)]}
+        seconds[FLOOR] = [_timed([sys.executable, "-c", "import torch"], options) for _ in range(2)]
         try:
             seconds[FLOWER] = [_flower(file, options)]
             seconds[OURS].append(fedsim_run(file, folder / "1", options))

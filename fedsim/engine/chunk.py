@@ -59,11 +59,8 @@ class Chunk:
             self._phase(plan, params, situation)
         trained = {name: value.clone() for name, value in params.items()} if self._finishes else {}
         out.sub_(self.start)
-        if out.device.type == "cpu":
-            for row, delta in zip(self.rows.tolist(), out, strict=True):
-                block.square_norms[row] = torch.dot(delta, delta)
-        else:  # one operation: a launch a row would cost more than the sums
-            block.square_norms[self.where] = torch.linalg.vecdot(out, out)  # (R,)
+        # Not `dot` or `vecdot`: where a row begins in memory decides in which order they sum it.
+        block.square_norms[self.where] = torch.linalg.vector_norm(out, dim=1).square()  # (R,)
         mean = self.stepping.losses / self.stepping.seen.clamp(min=1)  # (R,)
         block.extras["train_loss"][self.where] = mean.to(self.task.dtype)
         if self._finishes and situation is not None:

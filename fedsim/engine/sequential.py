@@ -78,7 +78,7 @@ class Sequential:
 
         def write(row: int, start: Start) -> Tensor:
             self._write(start, out[row])
-            return torch.dot(out[row], out[row])  # while the row is in cache
+            return torch.linalg.vector_norm(out[row]).square()  # while the row is in cache
 
         return self._train(job, write)
 
@@ -99,7 +99,7 @@ class Sequential:
         def add(row: int, start: Start) -> Tensor:
             norm = torch.zeros((), dtype=self.task.dtype, device=self.task.device)
             if len(self.flat):
-                norm = torch.dot(self.flat.sub_(start.flat), self.flat)
+                norm = torch.linalg.vector_norm(self.flat.sub_(start.flat)).square()
             for name, weight in self.apart:
                 norm += torch.linalg.vector_norm(weight.sub_(start.params[name])).square()
             if bool(torch.isfinite(norm)):
