@@ -106,15 +106,17 @@ class FedHyper:
     def _additive(self, grad: Params, context: Context) -> dict[str, Tensor]:
         scale = _scale(grad, context)
         if context.step:
-            h = self._product(grad, _recalled(_LAST, grad, context)) - self._to_server(grad, context)
+            flat = _flat(grad)
+            h = self._product(flat, _flat(_recalled(_LAST, grad, context))) - self._to_server(flat, context)
             scale = (scale + self.kappa * h).clamp(self.min_rate, self.max_rate)
         return {"lr_scale": scale, **_stored(_LAST, grad)}
 
     def _multiplicative(self, position: Params, context: Context) -> dict[str, Tensor]:
-        scale, step = _scale(position, context), {name: torch.zeros_like(value) for name, value in position.items()}
+        scale = _scale(position, context)
+        step = _flat({name: torch.zeros_like(value) for name, value in position.items()})
         if context.step > 1:
             left = _recalled(_POSITION, position, context)
-            step = {name: value - left[name] for name, value in position.items()}
+            step = _flat({name: value - left[name] for name, value in position.items()})
             before = _sent(step, context) if context.step == 2 else _recalled(_LAST, step, context)
             h = self._to_server(step, context) + (self._product(step, before) if before else 0.0)
             scale = (scale * (1 + self.kappa * h).clamp(max=GROWTH)).clamp(self.min_rate, self.max_rate)
@@ -136,8 +138,12 @@ class FedHyper:
         return torch.where(norms > 0, product / norms, 0.0)
 
 
+def _flat(values: Params) -> Params:
+    return {name: value.flatten() for name, value in values.items()}
+
+
 def _dot(a: Params, b: Params) -> Tensor:
-    """Return ⟨a, b⟩ () tensor by tensor: one flat vector would be another copy of the model in every step."""
+    """Return ⟨a, b⟩ () of flat parts, one by one: one flat vector would be another copy of the model in every step."""
     first, *others = (dot(value, b[name]) for name, value in a.items())
     return sum(others, first)
 
@@ -157,8 +163,9 @@ def _recalled(name: str, like: Params, context: Context) -> Params:
 
 
 def _sent(like: Params, context: Context) -> Params:
-    """Return the parts of Δ that belong to the names of `like`; nothing if the server sends none."""
+    """Return the parts of Δ, flat, that belong to the names of `like`; nothing if the server sends none."""
     previous = context.broadcast.get("previous")
     if previous is None:
         return {}
-    return {name: value for name, value in context.layout.split(previous).items() if name in like}
+    parts = zip(context.layout.names, previous.split_with_sizes(context.layout.sizes, -1), strict=True)
+    return {name: value for name, value in parts if name in like}

@@ -66,10 +66,9 @@ class Layout:
 
     def split(self, flat: Tensor) -> Params:
         """View a flat (…, D) tensor as named tensors (…, *shape)."""
-        lead = flat.shape[:-1]
+        lead, parts = flat.shape[:-1], flat.split_with_sizes(self.sizes, -1)
         return {
-            name: flat[..., columns].view((*lead, *shape))
-            for (name, columns), shape in zip(self.slices.items(), self.shapes, strict=True)
+            name: part.view((*lead, *shape)) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
         }
 
     def join(self, params: Mapping[str, Tensor], lead: int = 0) -> Tensor:

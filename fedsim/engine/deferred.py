@@ -61,13 +61,44 @@ def deferred(
         handed = any(isinstance(value, Ref) and value.number == weight.number for value in results)
         if handed or weight.number >= given or moves[weight.number] != 1 or moves[base.get(rows.number, rows.number)]:
             continue
-        z = Ref(given, rows.shape, rows.dtype)
-        with_bias = product.function is aten.addmm.default
-        added = (aten.add.Tensor, (z, product.args[0])) if with_bias else (aten.alias.default, (z,))
-        ready = product._replace(function=added[0], args=added[1])
+        ready = _given(product, Ref(given, rows.shape, rows.dtype))
         left = [ready if op is product else op for op in ops if op is not write]
         return left, [*results, rows], Deferral(weight.number, samples, weight.shape)
     return ops, results, None
+
+
+def met(ops: list[Op], once: list[Op], samples: int, given: int) -> tuple[list[Op], list[int]]:
+    """Let a step be given its samples' products with matrices that a client has once.
+
+    Args:
+        ops: of a step.
+        once: operations whose results stay while a client trains.
+        samples: number of the input that is the samples.
+        given: number of the first input that is to be a product, after all others.
+
+    Returns:
+        What is left, and the numbers of the matrices (in, out).
+
+    """
+    matrices, known = _matrices(ops + once, samples), {number for op in once for number in op.outs}
+    others: list[int] = []
+    left = []
+    for op in ops:
+        factors = op.args[-2:] if op.function in (aten.mm.default, aten.addmm.default) and not op.kwargs else ()
+        if factors and isinstance(factors[0], Ref) and factors[0].number in matrices and factors[1].number in known:
+            x, other = factors
+            product = Ref(given + len(others), (x.shape[0], other.shape[1]), x.dtype)
+            others.append(other.number)
+            op = _given(op, product)
+        left.append(op)
+    return left, others
+
+
+def _given(op: Op, product: Ref) -> Op:
+    """Return what is left of a product, with or without a vector added, whose rows are given."""
+    if op.function is aten.addmm.default:
+        return op._replace(function=aten.add.Tensor, args=(product, op.args[0]))
+    return op._replace(function=aten.alias.default, args=(product,))
 
 
 def _matrices(ops: list[Op], samples: int) -> set[int | None]:

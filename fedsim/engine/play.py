@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from fedsim.engine.deferred import most
+from fedsim.engine.factors import Factors
 from fedsim.engine.late import TURNS
-from fedsim.engine.native import BUCKETS, GATHERED, Sizes, Steps, compiled
+from fedsim.engine.native import BUCKETS, GATHERED, Sizes, Steps
 from fedsim.engine.record import NotRecordable, Program, record
+from fedsim.engine.script import compiled
 from fedsim.engine.step import Kind, Step
 from fedsim.engine.task import Block
 
@@ -46,11 +48,13 @@ class Play:
         self._loop: Callable[..., None] | None = None
         self.left = self.carried  # what each of the first steps leaves to the end of the round
         self.defers = True
+        self.factors: list[int] = []  # places in the step state of gradients that are handed on as their factors
         turns = self._begin()
+        self.factors = self._kept()
+        if self.factors:
+            turns = self._begin()
         if not self._worth():
             self.defers = False
-            self.programs.clear()
-            self.carried = [((), [])]
             turns = self._begin()
         for turn in range(turns + 1):
             self._prove(turn)
@@ -74,21 +78,35 @@ class Play:
             inputs = self.step.example(kind, self.sent, [value.clone() for value in values])
             fixed = len(inputs) - self.step.num_inputs(kind) - len(values)
             samples = fixed if self.defers else None
-            program = record(lambda given: self.step(given, kind, names), inputs, fixed=fixed, samples=samples)
+            handed = tuple(len(inputs) - len(values) + place for place in self.factors) if values else ()
+            factors = Factors(handed, tuple(1 + place for place in self.factors))
+            program = record(
+                lambda given: self.step(given, kind, names), inputs, fixed=fixed, samples=samples, carried=len(values),
+                factors=factors,
+            )  # fmt: skip
             self.programs[kind] = program
         return self.programs[kind]
 
     def _begin(self) -> int:
         """Record what a round begins with; return how many first steps are of their own kind."""
+        self.programs.clear()
+        self.carried = [((), [])]
         if self.step.situated:
             return self._turns()
         self._program(self._kind(self.full))
         return 0
 
+    def _kept(self) -> list[int]:
+        """Return the places in the step state of gradients that all steps hand on and only take products of."""
+        if len({names for names, _ in self.carried[1:]}) != 1:
+            return []
+        return sorted(frozenset.intersection(*(program.kept for program in self.programs.values())))
+
     def _worth(self) -> bool:
         """Say whether what was recorded can stay: all or nothing is deferred, and several steps are where any is."""
-        shapes = {program.deferral and program.deferral.shape for program in self.programs.values()}
-        return shapes == {None} or (None not in shapes and 2 * self.full <= min(map(most, shapes)))
+        deferrals = {program.deferral for program in self.programs.values()}
+        several = all(deferral is None or 2 * self.full <= most(deferral.shape) for deferral in deferrals)
+        return several and len(deferrals) == 1
 
     def _turns(self) -> int:
         """Record the first steps of a round; return how many of them are of their own kind."""
@@ -131,7 +149,9 @@ class Play:
                 named[:] = found  # noqa: B023  read before the next turn
                 return results
 
-            program = record(end, self._ended(kind, values))
+            inputs = self._ended(kind, values)
+            factors = Factors(tuple(len(inputs) - len(values) + place for place in self.factors))
+            program = record(end, inputs, factors=factors)
             given = self._ended(kind, values, number=1)
             with torch.no_grad():
                 left = program([tensor.clone() for tensor in given])
@@ -170,6 +190,8 @@ class Play:
         if new or self._loop is None:
             known = [*self.known, *new]
             programs = [self._program(kind) for kind in known]
+            if len({program.deferral for program in programs}) > 1:
+                raise NotRecordable("batches of some sizes do other things than batches of others")
             self._loop, self.known = compiled(programs, [kind.padded for kind in known], self.ends), known
         steps.program = np.array([self.known.index(kind) for kind in kinds], dtype=np.int64)[steps.program]
         return self._loop

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedsim.engine.deferred import Deferral, deferred
+from fedsim.engine.deferred import Deferral, deferred, met
+from fedsim.engine.factors import Factors, entries, factored, products
 from fedsim.engine.operations import Op, Ref, aten, each, read
 from fedsim.engine.rewrite import ahead, biases, early, into_place, live, without_aliases
 
@@ -102,16 +103,21 @@ class Program(NamedTuple):
     constants: list[Tensor]
     begin: str = "return []"  # statements that return `ahead`, and hang on inputs that stay alone
     deferral: Deferral | None = None
+    factors: Factors = Factors()
+    others: tuple[int, ...] = ()  # places in `ahead` of matrices whose products with the samples are inputs, after all
+    kept: frozenset[int] = frozenset()  # places among what is carried of gradients that could be factors
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
-        """Run the statements as Python, which they are as well."""
+        """Do what the function does, by the statements as Python, which they are as well."""
         ahead = _run(self.begin, inputs, self.constants, [])
+        given = self.factors.spread(inputs)
         if self.deferral is None:
-            return _run(self.body, inputs, self.constants, ahead)
+            return self.factors.joined(_run(self.body, given, self.constants, ahead))
         weight, x = inputs[self.deferral.weight], inputs[self.deferral.samples].flatten(1)
-        *results, rows = _run(self.body, [*inputs, x @ weight.t()], self.constants, ahead)
+        given += [x @ weight.t(), *(x @ ahead[k] for k in self.others)]
+        *results, rows = _run(self.body, given, self.constants, ahead)
         weight.addmm_(rows.t(), x, alpha=-1)
-        return results
+        return self.factors.joined(results)
 
 
 def _run(body: str, *given: list[Tensor]) -> list[Tensor]:
@@ -129,12 +135,9 @@ def _run(body: str, *given: list[Tensor]) -> list[Tensor]:
 
 
 def record(
-    function: Callable[[list[Tensor]], list[Tensor]],
-    inputs: list[Tensor],
-    *,
-    fixed: int = 0,
-    samples: int | None = None,
-) -> Program:
+    function: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor], *,
+    fixed: int = 0, samples: int | None = None, carried: int = 0, factors: Factors | None = None,
+) -> Program:  # fmt: skip
     """Return a program that does what a function does to tensors of these shapes.
 
     What the function writes into, the program writes into as well. What it reads beside its inputs is a constant.
@@ -144,6 +147,8 @@ def record(
         inputs: examples; they are written into.
         fixed: inputs, from the first, that are the same tensors whenever the program runs for one client.
         samples: number of the input whose dense layer may be deferred; None: none is.
+        carried: inputs, from the last, that are the last results, all but the first, of another program.
+        factors: which inputs and results are to be factors; none.
 
     Raises:
         NotRecordable: what the function does depends on a tensor's value, or on a global generator.
@@ -154,19 +159,32 @@ def record(
         results = [recorder.known(result) for result in function(inputs)]
     ops, results = without_aliases(recorder.ops, results)
     ops = early(live(biases(into_place(live(ops, results), results)), results))
-    deferral = None
+    first = len(inputs) - carried
+    asked = {number - first for number in entries(ops, results, range(first, len(inputs)))}
+    kept = frozenset({place - 1 for place in products(ops, results) if place} - asked)
+    count, deferral, factors = len(inputs), None, factors or Factors()
+    if factors != Factors():
+        ops, results = factored(ops, results, factors, count)
+        count += len(factors.inputs)
+        ops = live(ops, results)
     if samples is not None:
-        ops, results, deferral = deferred(ops, results, samples, len(inputs))
+        ops, results, deferral = deferred(ops, results, samples, count)
+        count += deferral is not None
     once, always = ahead(live(ops, results), results, fixed)
-    return _written(once, always, results, deferral, len(inputs) + (deferral is not None))
+    others: list[int] = []
+    if deferral is not None:
+        always, others = met(always, once, deferral.samples, count)
+    program = _written(once, always, results, count, others)
+    return program._replace(deferral=deferral, factors=factors, kept=kept)
 
 
-def _written(once: list[Op], always: list[Op], results: list[Any], deferral: Deferral | None, count: int) -> Program:
+def _written(once: list[Op], always: list[Op], results: list[Any], count: int, others: list[int]) -> Program:
     """Write operations as statements, one each."""
     constants: list[Tensor] = []
     wanted = {number for op in always for number in read(op)}
     wanted |= {result.number for result in results if isinstance(result, Ref)}
-    handed = [number for op in once for number in op.outs if number in wanted]
+    handed = [number for op in once for number in op.outs if number in wanted.union(others)]
+    count += len(others)
     names = {number: f"inputs[{number}]" for number in range(count)}
 
     def text(value: Any) -> str:
@@ -189,7 +207,7 @@ def _written(once: list[Op], always: list[Op], results: list[Any], deferral: Def
         names |= {number: f"i{number}" for number in range(count)}
         body = [f"{', '.join(map(names.__getitem__, range(count)))} = inputs"]
     body += [*(_statement(op, text) for op in always), f"return {text(results)}"]
-    return Program("\n".join(body), constants, "\n".join(begin), deferral)
+    return Program("\n".join(body), constants, "\n".join(begin), others=tuple(map(handed.index, others)))
 
 
 def _literal(value: Any) -> str:
@@ -210,4 +228,7 @@ def _statement(op: Op, text: Callable[[Any], str]) -> str:
         raise NotRecordable(f"{namespace}::{name} is no operation of torch's own")
     args = [text(value) for value in op.args] + [f"{key}={text(value)}" for key, value in op.kwargs.items()]
     outs = ", ".join("_" if number is None else f"v{number}" for number in op.outs)
-    return f"{outs} = torch.ops.aten.{name}({', '.join(args)})"
+    only = (
+        "[0]" if len(op.outs) == 1 and str(op.function._schema.returns[0].type).startswith("List") else ""
+    )  # of a list
+    return f"{outs} = torch.ops.aten.{name}({', '.join(args)}){only}"

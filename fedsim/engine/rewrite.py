@@ -42,6 +42,10 @@ def without_aliases(ops: list[Op], results: list[Any]) -> tuple[list[Op], list[A
             if begins and isinstance(args[1], Ref) and all(map(still, (first.number, out, args[1].number))):
                 same[out] = args[1]
                 continue
+            scaled = op.function is aten.mul.Tensor and op.alike and type(args[1]) is float and args[1] == 1
+            if scaled and still(first.number) and still(out):
+                same[out] = first
+                continue
             if op.function is aten.t.default:
                 if first.number in turned:
                     same[out] = turned[first.number]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.contracts import Batch, Context, Phase
-from fedsim.engine.chunk import kept
 from fedsim.engine.client import Plan, Row, Start, Update, gather
 from fedsim.engine.precision import forward, functional
+from fedsim.engine.stepping import kept, places
 from fedsim.engine.task import BUFFER, LOCAL, Block, Job, Task, local_round, mean_criterion, row_keys
 from fedsim.layout import Params
 from fedsim.local import moving
@@ -213,6 +213,8 @@ class Sequential:
         params = update.optimizer.params
         update.optimizer.reset()
         direction = getattr(self.task.objective, "direction", None)
+        now = {name: p.detach() for name, p in self.params.items()}  # which move in place
+        moving = places(now)
         draws = self._dropout or hasattr(self.task.objective, "loss")  # which may hold a dropout too
         for step, (x, y) in enumerate(self._batches(plan, row, keys)):
             context = _at(context, step)
@@ -225,9 +227,9 @@ class Sequential:
             update.constrain(grads)
             if direction is not None:
                 named = dict(zip(plan.moving, grads, strict=True))
-                turned, step_state = direction(named, {n: p.detach() for n, p in self.params.items()}, context)
-                context = _at(context, step, kept(step_state, self.params))
-                turned = turned if update.optimizer.writes else kept(turned, self.params)
+                turned, step_state = direction(named, now, context)
+                context = _at(context, step, kept(step_state, moving))
+                turned = turned if update.optimizer.writes else kept(turned, moving)
                 grads = [turned[n].clone() if update.optimizer.writes else turned[n] for n in plan.moving]
             update.optimizer.step(grads, scale=context.step_state.get("lr_scale"))
         return context

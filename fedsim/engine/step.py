@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.contracts import Batch, Context
-from fedsim.engine.chunk import kept
+from fedsim.engine.chunk import kept, places
 from fedsim.engine.late import TURNS, Late
 from fedsim.engine.optimizer import BETAS, EPS
 from fedsim.engine.precision import functional
@@ -188,7 +188,7 @@ class Step:
         own = {name: p.detach() for name, p in zip(self.names, params, strict=True)}
         state, extras, weight = self.task.objective.finish(own, context)
         # What is handed on from the old state must not be what the new state is written over.
-        state = kept(state, {**own, **context.client_state})
+        state = kept(state, places({**own, **context.client_state}))
         left = {f"state/{name}": value for name, value in state.items()}
         left |= {f"extra/{name}": value for name, value in extras.items()}
         if weight is not None:
@@ -265,9 +265,9 @@ class Step:
         if not self.turns:
             return grads, {}
         now = dict(zip(self.names, params, strict=True))
-        given = dict(zip(self.names, grads, strict=True))
+        given, moving = dict(zip(self.names, grads, strict=True)), places(now)
         turned, state = self.task.objective.direction(given, now, context)
-        turned, state = kept(turned, now), kept(state, now)
+        turned, state = kept(turned, moving), kept(state, moving)
         return [turned[name] for name in self.names], dict(state)
 
 

@@ -113,10 +113,11 @@ class Stepping:
                 raise ValueError(
                     f"{what} must return a direction for every parameter that moves; {missing[0]} has none"
                 )
-            after = kept(after, active)
+            lying = places(active)
+            after = kept(after, lying)
             self._lend(after, grads)
             turned = (
-                {name: value.clone() for name, value in turned.items()} if optimizer.writes else kept(turned, active)
+                {name: value.clone() for name, value in turned.items()} if optimizer.writes else kept(turned, lying)
             )
             listed = [turned[name] for name in plan.moving]
             situation.keep(after, count)
@@ -125,20 +126,24 @@ class Stepping:
 
     def _lend(self, step_state: Mapping[str, Tensor], grads: Params) -> None:
         """Take from the kernels the gradients that the objective keeps, and give back those that it keeps no more."""
-        places = {_place(value) for value in step_state.values()}
-        before, self.lent = self.lent, [(name, grad) for name, grad in grads.items() if _place(grad) in places]
+        held = places(step_state)
+        before, self.lent = self.lent, [(name, grad) for name, grad in grads.items() if _place(grad) in held]
         for name, _ in self.lent:
             del grads[name]
         for name, grad in before:
-            if _place(grad) in places:
+            if _place(grad) in held:
                 self.lent.append((name, grad))
             else:
                 grads.setdefault(name, grad)
 
 
-def kept(values: Mapping[str, Tensor], params: Params) -> dict[str, Tensor]:
-    """Return what an objective gave back, without views of parameters, which move in place."""
-    moving = {_place(value) for value in params.values()}
+def places(params: Mapping[str, Tensor]) -> set[int]:
+    """Return where parameters lie."""
+    return {_place(value) for value in params.values()}
+
+
+def kept(values: Mapping[str, Tensor], moving: set[int]) -> dict[str, Tensor]:
+    """Return what an objective gave back, without views of what lies where parameters do, which move in place."""
     return {name: value.clone() if _place(value) in moving else value for name, value in values.items()}
 
 

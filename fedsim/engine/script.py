@@ -1,0 +1,165 @@
+"""The native loop of captured clients, in TorchScript."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fedsim.engine.record import Program
+
+
+def compiled(programs: Sequence[Program], padded: Sequence[bool], ends: Sequence[Program]) -> Callable[..., None]:
+    """Return the native loop over steps of some programs, see `LOOP` for what it takes.
+
+    Args:
+        programs: of `Step`.
+        padded: whether each reads the weights of its samples.
+        ends: of a client's round, for its last step being the first, the second, …; none: nothing is left to do then.
+
+    """
+    every = [*programs, *ends]
+    texts = [
+        _choice("begin", [program.begin for program in every]),
+        _choice("step", [program.body for program in every]),
+    ]
+    unit = torch.jit.CompilationUnit("\n".join([*texts, LOOP]))
+    constants = [list(program.constants) for program in every]
+    lasts = list(range(len(programs), len(every)))
+    deferral = programs[0].deferral
+    late = -1 if deferral is None else deferral.weight
+    others = [list(program.others) for program in every]
+    return lambda *given: unit.loop(*given, list(padded), lasts, late, others, constants)
+
+
+def _choice(name: str, bodies: Sequence[str]) -> str:
+    """Return a function that runs the body of a number."""
+    given = "inputs: List[Tensor], ahead: List[Tensor], all: List[List[Tensor]]"
+    each = [
+        f"def {name}_{k}({given}) -> List[Tensor]:\n" + textwrap.indent(f"constants = all[{k}]\n{body}\n", "    ")
+        for k, body in enumerate(bodies)
+    ]
+    chosen = [f"    if which == {k}:\n        return {name}_{k}(inputs, ahead, all)" for k in range(1, len(bodies))]
+    head = f"def {name}(which: int, {given}) -> List[Tensor]:"
+    return "\n".join([*each, head, *chosen, f"    return {name}_0(inputs, ahead, all)"])
+
+
+LOOP = """
+def loop(
+    rows: List[int], gathers: List[int], first: List[int], length: List[int], program: List[int], versions: List[int],
+    starts: List[Tensor], common: List[List[Tensor]], corrections: List[List[Tensor]],
+    x: Tensor, y: Tensor, samples: Tensor, weights: Tensor, keys: Tensor, sample_keys: Tensor,
+    flat: Tensor, params: List[Tensor], slots: List[Tensor], apart: List[Tensor], apart_views: List[Tensor],
+    local: List[Tensor], kept: List[Tensor], own: List[Tensor], left: List[Tensor],
+    out: Optional[Tensor], total: Tensor, shares: List[float], norms: Tensor, losses: Tensor,
+    padded: List[bool], lasts: List[int], late: int, others: List[List[int]], constants: List[List[Tensor]]
+):
+    given: List[Tensor] = []
+    s = 0
+    low = 0
+    most = 0  # samples gathered at once
+    for k in range(len(first) - 1):
+        count = 0
+        for j in range(first[k], first[k + 1]):
+            count = count + length[j]
+        most = max(most, count)
+    gathered, labels = x.index_select(0, samples[:most]), y.index_select(0, samples[:most])
+    products, pending, gram = gathered, gathered, gathered
+    if late >= 0:
+        products = flat.new_empty([most, params[late].size(0)])
+        pending = torch.empty_like(products)
+        gram = flat.new_empty([most * most])
+    for i in range(len(rows)):
+        row = rows[i]
+        start = starts[versions[i]]
+        flat.copy_(start)
+        for j in range(len(apart)):
+            view = apart_views[j]
+            apart[j].copy_(start.narrow(0, view.storage_offset(), view.numel()).view_as(view))
+        for j in range(len(local)):
+            local[j].copy_(kept[j][row])
+        for j in range(len(slots)):
+            slots[j].zero_()
+        told = params + slots + common[versions[i]]
+        for j in range(len(own)):
+            told.append(own[j][row])
+        carried: List[Tensor] = []
+        aheads: Dict[int, List[Tensor]] = {}
+        begun = s
+        for k in range(gathers[i], gathers[i + 1]):
+            high = low
+            for j in range(first[k], first[k + 1]):
+                high = high + length[j]
+            count = high - low
+            xs = torch.index_select(x, 0, samples[low:high], out=gathered.narrow(0, 0, count))
+            ys = torch.index_select(y, 0, samples[low:high], out=labels.narrow(0, 0, count))
+            at = 0
+            matrix, met = xs, xs
+            begins: Dict[int, int] = {}
+            firsts: Dict[int, List[Tensor]] = {}
+            if late >= 0:
+                matrix = xs.flatten(1)
+                torch.mm(matrix, params[late].t(), out=products.narrow(0, 0, count))
+                met = torch.mm(matrix, matrix.t(), out=gram.narrow(0, 0, count * count).view([count, count]))
+            while s < first[k + 1]:
+                size = length[s]
+                inputs = told + [xs.narrow(0, at, size), ys.narrow(0, at, size)]
+                if padded[program[s]]:
+                    inputs.append(weights.narrow(0, low, size))
+                if keys.numel() > 0:
+                    inputs.append(keys[s])
+                if sample_keys.numel() > 0:
+                    inputs.append(sample_keys.narrow(0, low, size))
+                if len(corrections) > 0:
+                    inputs = inputs + corrections[s - begun]
+                inputs = inputs + carried
+                which = program[s]
+                if which not in aheads:
+                    aheads[which] = begin(which, inputs, [], constants)
+                if late >= 0:
+                    product = products.narrow(0, at, size)
+                    if at > 0:
+                        product.addmm_(met.narrow(0, at, size).narrow(1, 0, at), pending.narrow(0, 0, at), alpha=-1)
+                    inputs.append(product)
+                    if len(others[which]) > 0:
+                        if which not in firsts:
+                            rest = matrix.narrow(0, at, count - at)
+                            firsts[which] = [torch.mm(rest, aheads[which][j]) for j in others[which]]
+                            begins[which] = at
+                        for other in firsts[which]:
+                            inputs.append(other.narrow(0, at - begins[which], size))
+                results = step(which, inputs, aheads[which], constants)
+                if late >= 0:
+                    pending.narrow(0, at, size).copy_(results.pop())
+                given.append(results[0])
+                carried = results[1:]
+                at = at + size
+                low = low + size
+                s = s + 1
+            if late >= 0:
+                params[late].addmm_(pending.narrow(0, 0, count).t(), matrix, alpha=-1)
+        if len(lasts) > 0:
+            results = step(lasts[min(s - begun, len(lasts)) - 1], told + carried, [], constants)
+            for j in range(len(left)):
+                left[j][row].copy_(results[j])
+        for j in range(len(apart)):
+            apart_views[j].copy_(apart[j].clone())
+        for j in range(len(local)):
+            kept[j][row].copy_(local[j])
+        if out is not None:
+            delta = out[row]
+            torch.sub(flat, start, out=delta)
+            norms[row].copy_(torch.dot(delta, delta))
+        else:
+            flat.sub_(start)
+            norm = torch.dot(flat, flat)
+            norms[row].copy_(norm)
+            if float(norm.item()) < float("inf"):  # neither is a NaN
+                total.add_(flat, alpha=shares[row])
+    if len(given) > 0:
+        losses.copy_(torch.stack(given))
+"""
+"""Local rounds, client after client: from the version that each starts from, in the memory of one lane, by steps that
+were recorded, to its update: a row of `out`, or added to `total` with its share where there is no `out`. What else a
+client leaves goes to its rows of `left`. A weight that steps defer is that of number `late`; none: −1."""
