@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.contracts import Batch, Context
-from fedsim.engine.chunk import kept, places
 from fedsim.engine.late import TURNS, Late
 from fedsim.engine.optimizer import BETAS, EPS
 from fedsim.engine.precision import functional
+from fedsim.engine.stepping import kept, places
 from fedsim.engine.task import BUFFER, LOCAL, Job, Task, mean_criterion
 from fedsim.layout import Params
 from fedsim.models.dropout import KeyedDropout, dropout_key
