@@ -7,6 +7,7 @@ from typing import Any
 
 from fedsim.experiment import Experiment
 from fedsim.loop import Loop
+from fedsim.metrics.reached import reached
 from fedsim.metrics.records import RoundLog
 from fedsim.quantities import counted
 
@@ -51,6 +52,7 @@ def summarised(experiment: Experiment, loop: Loop, *, setup: float) -> dict[str,
         "choices": experiment.config["hydra"]["runtime"]["choices"],
         **{name: value for name, value in loop.figures.known.items() if not name.startswith("recall_")},
         "best_validation": {name: best.get(name) for name in ("round", "validation_accuracy", "accuracy", "loss")},
+        **({"reached": reached(rows, targets)} if (targets := experiment.evaluation.targets) else {}),
         "simulated_seconds": rows[-1].get("simulated_seconds") if rows else None,
         **_spent(rows),
         "bytes_up": sum(row.get("bytes_up") or 0 for row in rows),

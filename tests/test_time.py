@@ -15,6 +15,9 @@ from fedsim.engine import apart
 from fedsim.engine.task import Job
 from fedsim.errors import UserError
 from fedsim.loop import Loop
+from fedsim.metrics.reached import reached
+from fedsim.report import tables
+from fedsim.report.runs import read
 from fedsim.simulation import resume, simulate
 from fedsim.study.spec import merged
 
@@ -353,3 +356,35 @@ def test_a_folder_in_mid_flight_is_resumed(tmp_path):
     assert all(torch.equal(mine[name], want[name]) for name in want)
     for name in ("simulated_seconds", "num_outstanding", "num_lost", "staleness_mean", "train_loss"):
         assert [row.get(name) for row in again.rounds] == [row.get(name) for row in whole.rounds]
+
+
+def test_what_it_took_to_reach_an_accuracy():
+    rows = [
+        {"round": 1, "evaluated": True, "accuracy": 0.2, "bytes_up": 1, "bytes_down": 2, "simulated_seconds": 1.0},
+        {"round": 2, "evaluated": False, "accuracy": 0.2, "simulated_seconds": 2.0},  # nobody arrived
+        {"round": 3, "evaluated": False, "accuracy": 0.9, "bytes_up": 4, "bytes_down": 4, "simulated_seconds": 3.0},
+        {"round": 4, "evaluated": True, "accuracy": 0.5, "bytes_up": 1, "bytes_down": 1, "simulated_seconds": 7.5},
+        {"round": 5, "evaluated": True, "accuracy": 0.4, "bytes_up": 1, "bytes_down": 1, "simulated_seconds": 9.0},
+    ]
+    assert reached(rows, (0.2, 0.5, 0.95)) == {
+        "0.2": {"rounds": 1, "simulated_seconds": 1.0, "bytes": 3},
+        "0.5": {"rounds": 4, "simulated_seconds": 7.5, "bytes": 13},
+        "0.95": {"rounds": None, "simulated_seconds": None, "bytes": None},
+    }
+
+
+def test_time_to_accuracy_is_in_the_summary_and_a_metric_of_reports(tmp_path):
+    words = merged(SMALL, ["num_rounds=6", "metrics.every=1", "metrics.targets=[0.3,0.999]", "engine=sequential"])
+    for seed in (0, 1):
+        run = simulate(*words, "devices=lognormal", f"seed={seed}", folder=tmp_path / "runs" / str(seed))
+    took = run.summary["reached"]
+    first = next(row for row in run.rounds if row["accuracy"] >= 0.3)
+    assert took["0.3"]["rounds"] == first["round"]
+    assert took["0.3"]["simulated_seconds"] == first["simulated_seconds"] > 0
+    assert took["0.999"]["rounds"] is None
+    assert tables.lower_is_better("reached.0.3.rounds")
+    assert not tables.is_percent("reached.0.3.simulated_seconds")
+    known = read([tmp_path / "runs"])[0].results
+    assert {"reached.0.3.rounds", "reached.0.3.bytes"} <= set(known)
+    with pytest.raises(UserError, match="targets"):
+        build(compose(merged(words, ["metrics.targets=[90]"])))

@@ -63,6 +63,7 @@ class Evaluation:
     finetune_steps: int = 0  # local steps after which clients are tested once more, each on its own model; 0: never
     decomposition_every: int = 0  # rounds between decompositions of the loss; 0: never
     decomposition_samples: int = 5000  # at most, of all clients' training data, ≥ 1
+    targets: tuple[float, ...] = ()  # test accuracies in (0, 1] of which the summary says when they were reached
 
     def __post_init__(self) -> None:
         rule = ">= 1, or null for the budget"
@@ -74,6 +75,8 @@ class Evaluation:
         _check(self.finetune_steps >= 0, "metrics.finetune_steps", ">= 0", self.finetune_steps)
         _check(self.decomposition_every >= 0, "metrics.decomposition_every", ">= 0", self.decomposition_every)
         _check(self.decomposition_samples >= 1, "metrics.decomposition_samples", ">= 1", self.decomposition_samples)
+        for target in self.targets:
+            _check(0 < target <= 1, "metrics.targets", "accuracies in (0, 1]", target)
 
     def resolve(self, train_samples_per_round: int, eval_samples: int, client_samples: int) -> Evaluation:
         """Return the same with numbers for what was left to the budget.

@@ -16,7 +16,7 @@ from fedsim.report.statistics import LEVEL, Mean, Paired, holm, mean_of, paired
 
 BySeeds = Mapping[tuple[Any, ...], float]
 
-_LOWER = {"loss", "ece", "std", "bytes", "seconds", "dropped", "norm", "spread", "dissimilarity", "epsilon"}
+_LOWER = {"reached", "loss", "ece", "std", "bytes", "seconds", "dropped", "norm", "spread", "dissimilarity", "epsilon"}
 
 
 @dataclass(frozen=True)
