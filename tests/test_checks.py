@@ -107,7 +107,7 @@ def test_every_law_finds_what_breaks_it(law):
 
 
 def test_a_cohort_is_one_program_in_every_way_that_a_gpu_may_train_it():
-    with pytest.raises(AssertionError, match="law 'engines': .*keep leading axes apart"):
+    with pytest.raises(AssertionError, match=r"law 'engines': .*keep leading axes apart"):
         check_client(Averaging(), laws=["engines"])  # recorded steps, a CPU's way, train clients one by one
     with pytest.raises(AssertionError, match="law 'engines': a cohort cannot be trained as one program"):
         check_client(Asking(), laws=["engines"])  # the kernels of layers would run it

@@ -226,7 +226,7 @@ def test_noise_in_the_test_labels_changes_no_choice_and_no_weight(data):
     assert ears["clean"].opened == [(4, 0), (2, 0)]
     assert len(ears["clean"].warned) == 2  # of two values each is on the edge
     assert {row["strategy"]: row["search_trials"] for row in ears["clean"].shown} == {
-        "fedavg": "2 × 1 seeds", "fedadam": "2 × 1 seeds",
+        "fedavg": "2 × 1 seed", "fedadam": "2 × 1 seed",
     }  # fmt: skip
     chosen = results["clean"]["methods"][0]
     search_rows = json.loads(Path("clean/search/sweep.json").read_text())["trials"]

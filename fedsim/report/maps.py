@@ -31,15 +31,18 @@ def clients(table: Table) -> str:
     """Return what the clients get: curves of mean and tails, and each client's accuracy over rounds."""
     text = "On each client's own test samples: mean, worst tenth, spread, and clients that never train."
     curves = against_rounds(table, "clients", "Clients", text, CLIENTS)
-    maps = [
-        _sorted_map(group.name, found, "client, worst to best", (0.0, 1.0), show=_percent)
-        for group in table.all[:_MOST_MAPS]
-        if (found := by_client(group.runs[0], "test_accuracy")) is not None
-    ]
+    maps: dict[str, list[str]] = {}  # of each method
+    for group in table.all[:_MOST_MAPS]:
+        if (found := by_client(group.runs[0], "test_accuracy")) is not None:
+            drawn = _sorted_map(group.name, found, "client, worst to best", (0.0, 1.0), show=_percent)
+            maps.setdefault(group.method, []).append(drawn)
     if not maps:
         return curves
     note = paragraph(f"Each client's accuracy (%), {_whose(table)}.")
-    return curves + "\n" + note + colour_bar((0.0, 1.0), _percent) + figures(maps)
+    # Settings stand side by side, as in the curves above; where there is one, the methods do.
+    alone = all(len(row) == 1 for row in maps.values())
+    rows = [figures([row[0] for row in maps.values()])] if alone else [figures(row, "row") for row in maps.values()]
+    return curves + "\n" + note + colour_bar((0.0, 1.0), _percent) + "".join(rows)
 
 
 def _whose(table: Table) -> str:

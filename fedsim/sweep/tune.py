@@ -20,6 +20,7 @@ from fedsim.errors import UserError
 from fedsim.files import atomic
 from fedsim.folder import locked
 from fedsim.misfit import quoted
+from fedsim.quantities import counted
 from fedsim.sweep import plan as plans
 from fedsim.sweep import search, table
 from fedsim.sweep.adaptive import GENERATION, explore
@@ -212,8 +213,9 @@ def budget(task: Task) -> str:
     """Say what every method is given."""
     seeds, number = len(task.tuning.tuning_seeds), task.num_points
     return (
-        f"search: {len(task.methods)} methods, each {number} trials × {seeds} seeds = {number * seeds} runs, "
-        f"chosen by {task.tuning.metric}; then {len(task.report_seeds)} runs of each with seeds of their own"
+        f"search: {counted(len(task.methods), 'method')}, each {counted(number, 'trial')} × {counted(seeds, 'seed')} = "
+        f"{counted(number * seeds, 'run')}, chosen by {task.tuning.metric}; "
+        f"then {counted(len(task.report_seeds), 'run')} of each with seeds of their own"
     )
 
 
@@ -248,7 +250,8 @@ def _line(task: Task, choice: dict[str, Any]) -> table.Row:
     figures.pop("failed", None)
     return {
         **choice["values"], **choice["best"],
-        "search_trials": f"{task.num_points} × {len(task.tuning.tuning_seeds)} seeds", "failed": choice["failed"],
+        "search_trials": f"{task.num_points} × {counted(len(task.tuning.tuning_seeds), 'seed')}",
+        "failed": choice["failed"],
         f"search_{task.tuning.metric}": None if choice["score"] is None else (choice["score"], None),
         "runs": runs, **figures,
     }  # fmt: skip
