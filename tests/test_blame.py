@@ -146,9 +146,13 @@ def mistake(kernels, **parts):
         clients=np.arange(3), received=np.zeros(3, dtype=np.int64), models={0: weights}, broadcasts={}, state={},
         buffers=weights.new_zeros(0), round=1, key=1, lr=0.1,
     )  # fmt: skip
-    with pytest.raises((UserError, RuntimeError)) as caught:
+
+    def train():
         engine, _ = make_engine(task, "vectorized", cohort=3, threads=1, kernels=kernels)
         Trainer(engine).collect(job)
+
+    with pytest.raises((UserError, RuntimeError)) as caught:
+        train()
     return str(caught.value)
 
 

@@ -14,6 +14,7 @@ from fedsim.engine.task import Task
 from fedsim.layout import Layout
 from fedsim.local import LocalTraining
 from fedsim.models.char_gru import char_gru
+from fedsim.models.cnn import cnn
 from fedsim.models.mlp import mlp
 
 
@@ -152,3 +153,28 @@ def test_a_captured_step_costs_what_its_forward_and_backward_have(unit, monkeypa
     counted = given()._replace(recorded=11, again=5000, fused=(7, 10000))
     assert microseconds("captured", counted) == pytest.approx(4 * 6 * (100 + 11 * 10 + 9 + 1))
     assert microseconds("fused", counted, 6) == pytest.approx(4 * (100 + 7 * 10 + 6 * (9 + 2)))
+
+
+def test_a_small_convolution_costs_its_call_where_onednn_does_it(unit):
+    task = make_task(cnn((1, 8, 8), 10, channels=(2, 3), hidden=4), torch.zeros(8, 1, 8, 8), [8])
+    assert shapes(task, cohort=1, threads=1).calls == 2
+    task = make_task(task.module.double(), task.x.double(), [8])
+    assert shapes(task, cohort=1, threads=1).calls == 0
+    counted = given()._replace(calls=2)
+    assert microseconds("sequential", counted) == pytest.approx(4 * 6 * (130 + 120 + 9))
+    assert microseconds("fused", counted, 6) == pytest.approx(4 * (130 + 6 * 9))  # its convolutions are products
+
+
+def test_torchs_own_recurrent_layers_are_counted_by_their_products():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.layer(x)[0][:, -1])
+
+    found = shapes(make_task(Tokens(), torch.zeros(8, 5, 3), [8]), cohort=1, threads=1)
+    assert found.products == 4 * (5 * (3 * 16 + 4 * 16) + 4 * 2)  # a batch of 4, 5 tokens, 4 gates of 4
+    assert found.unrolled > 5 * 4 > found.operations
+    assert found.again == 6 * 4 * (4 * 16)

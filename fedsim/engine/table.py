@@ -10,6 +10,7 @@ less together, and what matters here are their ratios. Nothing is timed in a run
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ from fedsim.engine.fused import convert
 from fedsim.engine.record import Watch
 from fedsim.engine.recurrent import Steps
 from fedsim.engine.task import Task
+from fedsim.engine.unrolled import plain_recurrent, unrolled
 from fedsim.layout import Params
 
 
@@ -45,6 +47,7 @@ COSTS = {
 }
 
 
+CALL = 60.0  # microseconds of a float32 convolution, forward and backward, however small: oneDNN's own
 AGAIN = 0.2e-3  # microseconds of a pass over a parameter in a step that has read it before, on every engine
 PASSES = 6  # of autograd for a weight's every further use: two readings, a gradient written, and added (2 in, 1 out)
 
@@ -60,8 +63,10 @@ class Shapes(NamedTuple):
     cohort: int
     threads: int
     recorded: int = 0  # operations of a forward and its backward
+    calls: int = 0  # convolutions of a forward that oneDNN does
     again: int = 0  # parameters passed over, where a step uses them more than once
     fused: tuple[int, int] | None = None  # operations and `again`, where fused kernels have their own
+    unrolled: int | None = None  # operations of a forward where `torch.func` needs recurrent layers' products
 
 
 def shapes(task: Task, cohort: int, threads: int) -> Shapes:
@@ -74,12 +79,27 @@ def shapes(task: Task, cohort: int, threads: int) -> Shapes:
         count, both = _Counter(params), _Counter(params)
         count.forward(module, task.x[:2])
         both.backward(module, task.x[:2])
-    size, num = task.shared.size + task.local.size, len(task.x[:2])
-    products, convolutions = count.products / num * batch, count.convolutions / num * batch
+    operations, unrolled_operations = max(1, count.operations), None
+    if any(map(plain_recurrent, task.module.modules())):  # which torch runs as one operation
+        with _evaluating(unrolled(copy.deepcopy(task.module))) as module:
+            count = _Counter(dict(module.named_parameters()))
+            count.forward(module, task.x[:2])
+        unrolled_operations = count.operations
+    num, calls = len(task.x[:2]), count.calls if task.dtype == torch.float32 else 0
     return Shapes(
-        size, max(1, count.operations), products, convolutions, steps, cohort, threads, both.operations,
-        PASSES * count.again(count.reads), _fused(task),
-    )  # fmt: skip
+        parameters=task.shared.size + task.local.size,
+        operations=operations,
+        products=count.products / num * batch,
+        convolutions=count.convolutions / num * batch,
+        steps=steps,
+        cohort=cohort,
+        threads=threads,
+        recorded=both.operations,
+        calls=calls,
+        again=PASSES * count.again(count.reads),
+        fused=_fused(task),
+        unrolled=unrolled_operations,
+    )
 
 
 def microseconds(engine: str, given: Shapes, chunk: int = 1) -> float:
@@ -95,6 +115,8 @@ def microseconds(engine: str, given: Shapes, chunk: int = 1) -> float:
     operations, again = given.operations, given.again
     if engine == "fused" and given.fused is not None:
         operations, again = given.fused
+    elif engine == "generic" and given.unrolled is not None:
+        operations = given.unrolled
     elif engine == "captured":
         operations = given.recorded
     rows = min(chunk, cohort)
@@ -104,7 +126,8 @@ def microseconds(engine: str, given: Shapes, chunk: int = 1) -> float:
     longest = 1.0 if rows == 1 else 1 + (spread - 1) / programs
     own = cost.parameter * given.parameters + AGAIN * again
     own += cost.product * given.products + cost.convolution * given.convolutions
-    total = programs * longest * (cost.step + cost.operation * operations) + cohort * own
+    calls = CALL * given.calls if engine != "fused" else 0.0  # whose convolutions are products
+    total = programs * longest * (cost.step + cost.operation * operations + calls) + cohort * own
     side_by_side = 1 if engine == "sequential" else min(given.threads, programs)
     return float(given.steps.mean() * total / side_by_side)
 
@@ -148,7 +171,7 @@ class _Counter(Watch):  # type: ignore[no-untyped-call]
 
     def __init__(self, params: Params) -> None:
         super().__init__()
-        self.operations, self.products, self.convolutions = 0, 0.0, 0.0
+        self.operations, self.calls, self.products, self.convolutions = 0, 0, 0.0, 0.0
         self.sizes = {_place(value): value.numel() for value in params.values()}
         self.reads: Counter[int] = Counter()  # by products and convolutions, of each place
 
@@ -182,6 +205,7 @@ class _Counter(Watch):  # type: ignore[no-untyped-call]
             self.products += out.numel() * left.shape[-1]
             self._read(right)
         elif name == "convolution":
+            self.calls += 1
             self.convolutions += out.numel() * args[1].numel() / args[1].shape[0]
             self._read(args[1])
         return out
