@@ -22,8 +22,9 @@ from fedsim.metrics.classification import (
     Outputs,
     balanced_accuracy,
     concatenate,
-    head_middle_tail,
-    many_medium_few,
+    group_means,
+    groups_by_count,
+    groups_by_share,
     overall,
     per_class_recall,
     per_client,
@@ -69,7 +70,8 @@ class Evaluator:
         self.test = self._put(splits.test.indices)
         labels = dataset.y.numpy()
         counts = label_counts(labels, splits.train, dataset.num_classes)  # (K, C)
-        self.class_counts = torch.from_numpy(counts.sum(0)).to(task.device)  # (C,)
+        class_counts = torch.from_numpy(counts.sum(0)).to(task.device)  # (C,)
+        self.groups = groups_by_count(class_counts) | groups_by_share(class_counts)
         # A held-out client trains on nothing: its skew is that of what it is tested on.
         if len(splits.test.indices):
             counts += label_counts(labels, splits.test, dataset.num_classes) * (counts.sum(1, keepdims=True) == 0)
@@ -123,7 +125,7 @@ class Evaluator:
         if self.settings.per_class:
             recall = per_class_recall(result, labels, self.num_classes)  # (C,)
             figures["balanced_accuracy"] = balanced_accuracy(recall)
-            figures |= many_medium_few(recall, self.class_counts) | head_middle_tail(recall, self.class_counts)
+            figures |= group_means(recall, self.groups)
             figures |= {f"recall_{k}": value for k, value in enumerate(recall.unbind())}
         return figures
 

@@ -25,7 +25,7 @@ class EarlyStopping:
 class Checkpoint:
     """How often the state is stored, and how many of the newest are kept."""
 
-    every: int | None  # rounds, ≥ 1; None: every round if its bytes are small beside a round's work
+    every: int | None  # rounds, ≥ 1; None: so often that it costs a twentieth of the rounds at most
     keep: int  # ≥ 1
 
     def __post_init__(self) -> None:

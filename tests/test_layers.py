@@ -59,7 +59,7 @@ STACK = (
         "build_model",
         "build_uplink",
     ),
-    ("simulation", "drawn", "chorus", "replicas", "sweep", "report"),
+    ("simulation", "drawn", "chorus", "together", "replicas", "sweep", "report"),
     ("actions", "verbs", "testing"),
     ("cli", "__main__"),
 )

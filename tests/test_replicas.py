@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 import fedsim
-from fedsim import checkpoint, replicas
+from fedsim import checkpoint, replicas, together
 from fedsim.clients.cross_entropy import CrossEntropy
 from fedsim.config import compose
 from fedsim.console import Observer
 from fedsim.contracts import Partition
 from fedsim.engine.captured import Captured
 from fedsim.engine.laid import Target
-from fedsim.engine.replicas import Meeting, Part, chunks_of, train_together, why_apart
+from fedsim.engine.meeting import Meeting
+from fedsim.engine.replicas import Part, chunks_of, train_together, why_apart
 from fedsim.engine.store import ClientStore
 from fedsim.engine.task import Job, Task
 from fedsim.engine.vectorized import Vectorized
@@ -344,13 +345,13 @@ def test_replicas_of_a_batched_program_agree_with_runs_alone(here, strategy, ker
 
 
 def test_samples_are_in_memory_once(here, monkeypatch):
-    seen, meet = [], replicas._meet
+    seen, meet = [], together._meet
 
     def look(waiting, *others):
         seen.extend(built.experiment.task for built in waiting.values())
         meet(waiting, *others)
 
-    monkeypatch.setattr(replicas, "_meet", look)
+    monkeypatch.setattr(together, "_meet", look)
     fedsim.simulate(*SMALL, *FUSED, "dtype=float64", replicas=3, folder="set")  # the data are float32: a copy is made
     assert len({task.x.data_ptr() for task in seen}) == len({task.y.data_ptr() for task in seen}) == 1
     assert len({task.partition.indices.tobytes() for task in seen}) == 3
@@ -571,7 +572,7 @@ def test_runs_that_were_cut_off_in_different_rounds_go_on_from_one_that_all_have
     for name, rounds in (("a", (2, 3)), ("b", (1, 2)), ("c", ())):
         for number in rounds:
             checkpoint.save(Path(name) / "checkpoints", number, {"x": number})
-    replicas._rewind([Path("a"), Path("b")])
+    together._rewind([Path("a"), Path("b")])
     assert [checkpoint.rounds(Path(name) / "checkpoints") for name in "ab"] == [[2], [1, 2]]
-    replicas._rewind([Path("a"), Path("c")])  # none in common: each from its own
+    together._rewind([Path("a"), Path("c")])  # none in common: each from its own
     assert checkpoint.rounds(Path("a") / "checkpoints") == [2]

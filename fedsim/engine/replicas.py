@@ -1,16 +1,8 @@
-"""Replicas: several runs of one shape, whose rows train as one program.
-
-Each run goes on in a thread of its own, of which one runs at a time, so that nothing depends on how threads are
-scheduled, and a replica needs no other code than a run alone. A run that asks its engine to train waits. Rows of a
-batched program wait until all runs do; then those of the earliest round train together. Recorded steps, of which none
-knows who else trains, begin at once, beside whatever the other runs do in Python.
-"""
+"""Rows of several runs of one shape as one program: what keeps them apart, and how they are joined and cut again."""
 
 from __future__ import annotations
 
-import contextvars
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -19,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fedsim.engine.alike import alike_modules
-from fedsim.engine.captured import Captured
 from fedsim.engine.laid import Laid, Plan, Target, lay_out
 from fedsim.engine.task import Block, Job, Task, room
 from fedsim.engine.vectorized import Vectorized
@@ -31,10 +22,6 @@ FEWEST = 16  # rows of such a chunk, and ENTRIES of all its rows: fewer would co
 ENTRIES = 400_000
 
 
-Together = Vectorized | Captured
-"""Engines that several runs can share."""
-
-
 class Part(NamedTuple):
     """What one replica wants trained."""
 
@@ -43,160 +30,6 @@ class Part(NamedTuple):
     out: Tensor | None  # (K, D); None where rows are summed
     chunk: int = 1  # rows at once, of a batched program
     summed: tuple[list[float], Tensor] | None = None  # c_k of each row and the total (D,)
-
-
-class Seat:
-    """A replica's engine: waits until the others have rows to train too.
-
-    Args:
-        meeting: of all replicas.
-        engine: that trains the rows; replicas that share one train together.
-        task: the replica's own.
-
-    """
-
-    def __init__(self, meeting: Meeting, engine: Together, task: Task) -> None:
-        self.engine, self.task, self._meeting = engine, task, meeting
-        self.plan: Mapping[str, Any] = engine.plan
-        self.block_rows = engine.block_rows
-        self.chunk: int = getattr(engine, "chunk", 1)  # its own: halved where memory runs out
-        if isinstance(engine, Captured):
-            self.train_sum = self._train_sum
-        self.part: Part | None = None  # waits to be trained
-        self.begun: Callable[[], Block] | None = None  # is being trained
-        self.outcome: Block | BaseException | None = None
-        self.error: BaseException | None = None  # that ended the replica
-        self.done = False
-        self.go = threading.Semaphore(0)
-
-    def train(self, job: Job, out: Tensor) -> Block:
-        """Wait until the rows are trained."""
-        return self._trained(Part(self.task, job, out, self.chunk))
-
-    def _train_sum(self, job: Job, coefficients: Tensor, total: Tensor) -> Block:
-        """Wait until the rows are trained and summed."""
-        return self._trained(Part(self.task, job, None, summed=(coefficients.tolist(), total)))
-
-    def _trained(self, part: Part) -> Block:
-        self.part = part
-        self._meeting.back.release()
-        self.go.acquire()
-        if self._meeting.stopped:
-            raise Stopped
-        outcome, self.outcome = self.outcome, None
-        if isinstance(outcome, BaseException):
-            raise outcome
-        assert outcome is not None  # the meeting trains a part before it lets its seat go on
-        return outcome
-
-    def close(self) -> None:
-        """Hold nothing: engines are closed by who made them."""
-
-
-class Stopped(BaseException):
-    """The replicas are ended from outside."""
-
-
-class Meeting:
-    """Lets replicas run in turn, and trains those that wait."""
-
-    def __init__(self) -> None:
-        self.back = threading.Semaphore(0)
-        self.seats: list[Seat] = []
-        self.stopped = False
-        self._running: Seat | None = None
-
-    def seat(self, engine: Together, task: Task) -> Seat:
-        """Return a further replica's engine."""
-        self.seats.append(Seat(self, engine, task))
-        return self.seats[-1]
-
-    def run(self, bodies: Sequence[Callable[[], None]]) -> None:
-        """Run each replica's body, in the order of the seats, to its end; raise what one of them raises."""
-        threads = [
-            threading.Thread(target=contextvars.copy_context().run, args=(self._live, seat, body), daemon=True)
-            for seat, body in zip(self.seats, bodies, strict=True)
-        ]
-        for thread in threads:
-            thread.start()
-        try:
-            while not all(seat.done for seat in self.seats):
-                if not self._turn():
-                    self._train()
-        finally:  # after an interrupt some still live: each unwinds in its turn, so that its files are whole
-            self.stopped = True
-            if self._running is not None:
-                self.back.acquire()
-                self._running = None
-            for seat in self.seats:
-                if not seat.done:
-                    self._let(seat)
-            for thread in threads:
-                thread.join()
-
-    def _turn(self) -> bool:
-        """Let each run go on that can, once; say if any could."""
-        ready = [seat for seat in self.seats if not seat.done and seat.part is None]
-        for seat in ready:
-            if seat.begun is not None:
-                begun, seat.begun = seat.begun, None
-                seat.outcome = _caught(begun)
-            self._let(seat)
-            if seat.part is not None and isinstance(seat.engine, Captured):
-                part, seat.part = seat.part, None
-                seat.begun = _begun(seat.engine, part)
-        return bool(ready)
-
-    def _let(self, seat: Seat) -> None:
-        self._running = seat
-        seat.go.release()
-        self.back.acquire()
-        self._running = None
-        if seat.error is not None and not self.stopped:
-            raise seat.error
-
-    def _live(self, seat: Seat, body: Callable[[], None]) -> None:
-        seat.go.acquire()
-        try:
-            if not self.stopped:
-                body()
-        except BaseException as error:
-            seat.error = error
-        finally:
-            seat.done, seat.part = True, None
-            self.back.release()
-
-    def _train(self) -> None:
-        waiting = [(seat, seat.part) for seat in self.seats if seat.part is not None]
-        if not waiting:
-            return
-        # One that lags, as after a resume, catches up before all train together.
-        round = min(part.job.round for _, part in waiting)
-        waiting = [(seat, part) for seat, part in waiting if part.job.round == round]
-        for engine in {id(seat.engine): seat.engine for seat, _ in waiting}.values():
-            assert isinstance(engine, Vectorized)  # the others' parts do not wait
-            mine = [(seat, part) for seat, part in waiting if seat.engine is engine]
-            for (seat, _), outcome in zip(mine, outcomes(engine, [part for _, part in mine]), strict=True):
-                seat.outcome, seat.part = outcome, None
-
-
-def _begun(engine: Captured, part: Part) -> Callable[[], Block]:
-    try:
-        return engine.begin(part.task, part.job, part.out, part.summed)
-    except Exception as error:
-        failure = error
-
-    def fail() -> Block:
-        raise failure
-
-    return fail
-
-
-def _caught(end: Callable[[], Block]) -> Block | BaseException:
-    try:
-        return end()
-    except Exception as error:
-        return error
 
 
 def outcomes(engine: Vectorized, parts: Sequence[Part]) -> list[Block | BaseException]:

@@ -78,7 +78,8 @@ class Sequential:
 
         def write(row: int, start: Start) -> Tensor:
             self._write(start, out[row])
-            return torch.linalg.vector_norm(out[row]).square()  # while the row is in cache
+            norm: Tensor = torch.linalg.vector_norm(out[row]).square()  # while the row is in cache
+            return norm
 
         return self._train(job, write)
 
@@ -97,7 +98,7 @@ class Sequential:
         shares = coefficients.tolist()
 
         def add(row: int, start: Start) -> Tensor:
-            norm = torch.zeros((), dtype=self.task.dtype, device=self.task.device)
+            norm: Tensor = torch.zeros((), dtype=self.task.dtype, device=self.task.device)
             if len(self.flat):
                 norm = torch.linalg.vector_norm(self.flat.sub_(start.flat)).square()
             for name, weight in self.apart:

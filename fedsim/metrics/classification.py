@@ -123,11 +123,7 @@ def many_medium_few(recall: Tensor, train_counts: Tensor, many: int = 100, few: 
         `accuracy_many`, `accuracy_medium`, `accuracy_few`, 0-d each; NaN for a group without tested classes.
 
     """
-    if few > many + 1:
-        raise ValueError(f"few must be <= many + 1, or a class is both, got few={few}, many={many}")
-    is_many, is_few = train_counts > many, train_counts < few  # (C,)
-    groups = {"many": is_many, "medium": ~(is_many | is_few), "few": is_few}
-    return {f"accuracy_{name}": recall.where(group, torch.nan).nanmean() for name, group in groups.items()}
+    return group_means(recall, groups_by_count(train_counts, many, few))
 
 
 def head_middle_tail(recall: Tensor, train_counts: Tensor, head: float = 0.75, middle: float = 0.95) -> Figures:
@@ -146,11 +142,33 @@ def head_middle_tail(recall: Tensor, train_counts: Tensor, head: float = 0.75, m
         `accuracy_head`, `accuracy_middle`, `accuracy_tail`, 0-d each; NaN for a group without tested classes.
 
     """
+    return group_means(recall, groups_by_share(train_counts, head, middle))
+
+
+Groups = dict[str, Tensor]
+"""Name → (C,) bool, which classes are in it."""
+
+
+def groups_by_count(train_counts: Tensor, many: int = 100, few: int = 20) -> Groups:
+    """Return the classes with many, medium and few training samples, as `many_medium_few` has them."""
+    if few > many + 1:
+        raise ValueError(f"few must be <= many + 1, or a class is both, got few={few}, many={many}")
+    is_many, is_few = train_counts > many, train_counts < few  # (C,)
+    return {"many": is_many, "medium": ~(is_many | is_few), "few": is_few}
+
+
+def groups_by_share(train_counts: Tensor, head: float = 0.75, middle: float = 0.95) -> Groups:
+    """Return the head, middle and tail classes, as `head_middle_tail` has them."""
     if not 0 <= head <= middle <= 1:
         raise ValueError(f"head and middle must satisfy 0 <= head <= middle <= 1, got {head}, {middle}")
     order = torch.argsort(train_counts, descending=True, stable=True)  # (C,)
     cumulative = train_counts[order].cumsum(0)  # (C,) integers, exact
-    share = cumulative.double() / cumulative[-1]  # (C,)
-    ordered = recall[order]  # (C,)
-    groups = {"head": share <= head, "middle": (share > head) & (share <= middle), "tail": share > middle}
-    return {f"accuracy_{name}": ordered.where(group, torch.nan).nanmean() for name, group in groups.items()}
+    share = torch.empty(len(order), dtype=torch.float64, device=order.device)  # (C,), in the classes' own order
+    share[order] = cumulative.double() / cumulative[-1]
+    return {"head": share <= head, "middle": (share > head) & (share <= middle), "tail": share > middle}
+
+
+def group_means(recall: Tensor, groups: Groups) -> Figures:
+    """Average recall (C,) over groups of classes: `accuracy_<name>`, 0-d each; NaN for one without tested classes."""
+    means = torch.where(torch.stack(list(groups.values())), recall, torch.nan).nanmean(1)  # (G,)
+    return {f"accuracy_{name}": mean for name, mean in zip(groups, means.unbind(), strict=True)}

@@ -92,7 +92,8 @@ class Canvas:
 
     def save(self, path: Path) -> None:
         """Write the picture; the suffix says the format."""
-        self.image.save(path, **({"compress_level": 3} if path.suffix.lower() == ".png" else {}))
+        options: dict[str, Any] = {"compress_level": 3} if path.suffix.lower() == ".png" else {}
+        self.image.save(path, **options)
 
 
 def width_of(text: str, points: float) -> float:

@@ -31,9 +31,9 @@ from fedsim.data.kept import keeping
 from fedsim.errors import UserError
 from fedsim.folder import locked
 from fedsim.partition.picture import drawn_once
-from fedsim.replicas import Entrant, Outcome, together
 from fedsim.sweep.plan import setting
 from fedsim.sweep.pool import PICTURES, Batch, Event, Job
+from fedsim.together import Entrant, Outcome, together
 
 # What runs import when they first need it: loaded once, before the fork, it costs the trials nothing.
 for _name in (
