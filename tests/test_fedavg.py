@@ -6,6 +6,7 @@ import torch
 
 from fedsim.strategies.centralized import Centralized
 from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategies.fedexp import FedExP
 from fedsim.strategies.local import Local
 from fedsim.testing import apply_rule, cohort_of
 
@@ -71,3 +72,14 @@ def test_the_bounds_say_what_they_ask_of_the_run():
     assert apply_rule(Centralized(), [[1.0, 2.0]]).tolist() == [1.0, 2.0]
     assert apply_rule(Local(), np.zeros((3, 0))).shape == (0,)
     assert apply_rule(Local(), [[1.0, 2.0]]).tolist() == [0.0, 0.0]
+
+
+def test_a_mean_of_rows_reads_them_once(monkeypatch):
+    # norms of the rows cost another read: they are taken when a rule asks for them
+    def asked(updates):
+        raise AssertionError("nobody needs the norms")
+
+    monkeypatch.setattr("fedsim.contracts.row_square_norms", asked)
+    assert apply_rule(FedAvg(), [[1.0, 0.0], [0.0, 4.0]], weights=[3, 1]).tolist() == [0.75, 1.0]
+    with pytest.raises(AssertionError, match="nobody"):
+        apply_rule(FedExP(), [[1.0, 0.0], [0.0, 4.0]])
