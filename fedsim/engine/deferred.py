@@ -95,9 +95,9 @@ def met(ops: list[Op], once: list[Op], samples: int, given: int) -> tuple[list[O
 
 
 def _given(op: Op, product: Ref) -> Op:
-    """Return what is left of a product, with or without a vector added, whose rows are given."""
+    """Return what is left of a product, with or without a vector added, that is given to be used up."""
     if op.function is aten.addmm.default:
-        return op._replace(function=aten.add.Tensor, args=(product, op.args[0]))
+        return op._replace(function=aten.add_.Tensor, args=(product, op.args[0]))
     return op._replace(function=aten.alias.default, args=(product,))
 
 

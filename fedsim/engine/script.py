@@ -101,7 +101,10 @@ def loop(
             if late >= 0:
                 matrix = xs.flatten(1)
                 torch.mm(matrix, params[late].t(), out=products.narrow(0, 0, count))
-                met = torch.mm(matrix, matrix.t(), out=gram.narrow(0, 0, count * count).view([count, count]))
+                # Of the samples, without those of the first step and without those of the last.
+                later, former = count - length[s], count - length[first[k + 1] - 1]
+                square = gram.narrow(0, 0, later * former).view([later, former])
+                met = torch.mm(matrix.narrow(0, length[s], later), matrix.narrow(0, 0, former).t(), out=square)
             while s < first[k + 1]:
                 size = length[s]
                 inputs = told + [xs.narrow(0, at, size), ys.narrow(0, at, size)]
@@ -120,7 +123,8 @@ def loop(
                 if late >= 0:
                     product = products.narrow(0, at, size)
                     if at > 0:
-                        product.addmm_(met.narrow(0, at, size).narrow(1, 0, at), pending.narrow(0, 0, at), alpha=-1)
+                        each = met.narrow(0, met.size(0) - count + at, size).narrow(1, 0, at)
+                        product.addmm_(each, pending.narrow(0, 0, at), alpha=-1)
                     inputs.append(product)
                     if len(others[which]) > 0:
                         if which not in firsts:
