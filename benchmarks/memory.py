@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks import harness
-from fedsim import drawn, simulation
+from fedsim import simulation
 from fedsim.config import compose
 from fedsim.contracts import Dataset
 from fedsim.models.parameters import initialise
@@ -91,7 +91,6 @@ def _alone(data: Dataset) -> None:
 
 
 def _simulated(data: Dataset, engine: tuple[str, ...], folder: Path) -> None:
-    drawn.draw = lambda *_, **__: None  # matplotlib's memory is no model's
     simulation.simulate(*_settings(engine), data=data, folder=folder / "run")
 
 
