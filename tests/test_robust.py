@@ -201,6 +201,15 @@ def test_centered_clipping_against_loops(start, num_iterations):
         previous = v
 
 
+def test_dnc_drops_c_f_clients_rounded_up():
+    # c f = 1.5: both outliers go, and three clients are needed; with one dropped 40 would stay
+    rule = DnC(num_byzantine=1, filter=1.5)
+    assert apply_rule(rule, [[0.0], [1.0], [2.0], [3.0], [40.0], [-60.0]]).tolist() == [1.5]
+    rule.check(3)
+    with pytest.raises(ValueError, match="DnC needs"):
+        rule.check(2)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("f", [0, 2])
 def test_dnc_scores_and_choice_against_an_svd(seed, f):
