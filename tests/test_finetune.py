@@ -64,7 +64,7 @@ def test_accuracy_after_steps_of_gradient_descent(tmp_path, strategy, model):
                     p -= 0.3 * g
         logits = module(loop.task.x[test.of(client)])
         want.append((logits.argmax(1) == loop.task.y[test.of(client)]).double().mean().item())
-    got, sizes = tuner.accuracies(loop.weights, loop.backend.buffers)
+    got, sizes = tuner.accuracies(loop.weights, loop.backend.buffers, 1)
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-12)
     out = loop.experiment.splits.held_out[tuner.clients]
     assert 0 < out.sum() < len(out)
