@@ -1,6 +1,9 @@
 """A composition that is kept is the one that Hydra would make: for any choice and value, after any other."""
 
+from itertools import count
+
 import pytest
+from hydra.core.utils import setup_globals
 from omegaconf import OmegaConf
 
 from fedsim import catalogue, composition
@@ -10,10 +13,8 @@ from fedsim.errors import UserError
 NAMES = {group: list(catalogue.options(group, catalogue.roots())) for group in catalogue.groups(catalogue.roots())}
 
 
-def both(words, config_dir=None):
-    given = [parse(word) for word in words]
-    kept = _compose(given, NAMES, config_dir)
-    return kept, _trimmed(composition.fresh(words, config_dir), list(words), config_dir)
+def composed(words):
+    return _compose([parse(word) for word in words], NAMES, None)
 
 
 def assert_same(kept, whole):
@@ -46,9 +47,10 @@ def assert_same(kept, whole):
     ],
 )
 def test_a_kept_composition_is_hydras(words):
-    assert_same(*both(["seed=0"]))  # something else before
+    composed(["seed=9", "client.lr=0.25"])  # something else before
+    whole = _trimmed(composition.fresh(words, None), list(words), None)
     for _ in range(2):  # when it is made, and when it is kept
-        assert_same(*both(words))
+        assert_same(composed(words), whole)
 
 
 def test_what_a_caller_does_to_his_copy_is_his_own_matter():
@@ -59,9 +61,18 @@ def test_what_a_caller_does_to_his_copy_is_his_own_matter():
     assert compose(["strategy=fedavg"]).hydra.runtime.choices.strategy == "fedavg"
 
 
-def test_the_time_of_day_is_read_at_each_composition(monkeypatch):
-    times = iter(["1", "2", "3", "4"])
-    OmegaConf.register_new_resolver("now", lambda pattern: next(times), use_cache=True, replace=True)
+@pytest.fixture
+def ticking():
+    """A clock that goes on whenever it is read."""
+    times = count()
+    OmegaConf.register_new_resolver("now", lambda pattern: str(next(times)), use_cache=True, replace=True)
+    yield
+    setup_globals()  # Hydra's own clock
+
+
+@pytest.mark.usefixtures("ticking")
+def test_the_time_of_day_is_read_at_each_composition():
+    compose(["seed=40"])  # made or kept
     assert compose(["seed=41"]).hydra.run.dir != compose(["seed=42"]).hydra.run.dir
 
 
