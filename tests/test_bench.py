@@ -112,7 +112,7 @@ def test_an_engine_that_fails_leaves_the_others_to_be_measured(few, monkeypatch)
 
 def test_an_engine_that_is_asked_for_is_a_side_of_its_own():
     named = module._engines(compose([*TINY, "engine=vectorized", "engine.chunk=2"]))
-    assert named["as given"] == {"name": "vectorized", "chunk": 2, "kernels": "auto"}
+    assert named["as given"] == {"name": "vectorized", "chunk": 2, "kernels": "auto", "graphs": False}
     assert "as given" not in module._engines(compose(TINY))
 
 
