@@ -196,12 +196,13 @@ class CudaGraphs:
     """Records bodies as CUDA graphs, which share their memory: one runs after the other, and none leaves anything."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.pool = device, None
+        self.device = device
+        self.pool: Any = None
 
     def __call__(self, make: Callable[[], Body]) -> Body:
         """Return what replays a body."""
         with torch.cuda.device(self.device):
-            aside = torch.cuda.Stream()
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UPS):

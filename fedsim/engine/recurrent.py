@@ -71,7 +71,7 @@ class _GRUSteps(torch.autograd.Function):
         return h[:, 1:]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         out, size = grads[0], ctx.inner.shape[-1]
         before = ctx.h[:, :-1]
         r, z, n = ctx.gates.split(size, dim=-1)
@@ -102,14 +102,14 @@ class _LSTMSteps(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, token: Tensor, layer: Steps) -> Tensor:
         layer.read(ctx)
         rows, length, batch, size = *x.shape[:3], x.shape[3] // 4
-        h, c = x.new_zeros(2, rows, length + 1, batch, size)
+        h, c = x.new_zeros(2, rows, length + 1, batch, size).unbind(0)
         gates, bent = torch.empty_like(x), x.new_empty(rows, length, batch, size)  # i, f, g, o; tanh(c)
         for t in range(length):
             mine = torch.add(x[:, t], layer.product(ctx, h[:, t]), out=gates[:, t])
             mine[..., : 2 * size].sigmoid_()
             mine[..., 2 * size : 3 * size].tanh_()
             mine[..., 3 * size :].sigmoid_()
-            i, f, g, o = mine.split(size, dim=-1)
+            i, f, g, o = mine.chunk(4, dim=-1)
             torch.addcmul(f * c[:, t], i, g, out=c[:, t + 1])
             torch.mul(o, torch.tanh(c[:, t + 1], out=bent[:, t]), out=h[:, t + 1])
         ctx.h, ctx.c, ctx.gates, ctx.bent = h, c, gates, bent

@@ -42,24 +42,27 @@ class Unrolled(nn.Module):
         """Return the last layer's states and, of each layer, the last: (L, B, H), of an LSTM two of them."""
         x = x.transpose(0, 1) if self.batch_first else x  # (T, B, E)
         zero = x.new_zeros(self.num_layers, x.shape[1], self.hidden_size)
-        first = (zero,) if self.gated else (zero, zero)
+        first: States = (zero,) if self.gated else (zero, zero)
         if state is not None:
             first = (state,) if isinstance(state, Tensor) else state
         step: Callable[[Tensor, Tensor, States], States] = _gru if self.gated else _lstm
         ends = []
         for k in range(self.num_layers):
             mine: States = tuple(each[k] for each in first)
-            own = {
-                name: getattr(self, f"{name}_l{k}", None) for name in ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
-            }
             outputs = []
-            for x_t in functional.linear(x, own["weight_ih"], own["bias_ih"]).unbind(0):
-                mine = step(x_t, functional.linear(mine[0], own["weight_hh"], own["bias_hh"]), mine)
+            for x_t in self._product(x, "ih", k).unbind(0):
+                mine = step(x_t, self._product(mine[0], "hh", k), mine)
                 outputs.append(mine[0])
             x = torch.stack(outputs)  # (T, B, H)
             ends.append(mine)
         last = tuple(torch.stack(each) for each in zip(*ends, strict=True))  # (L, B, H) each
         return x.transpose(0, 1) if self.batch_first else x, last[0] if self.gated else last
+
+    def _product(self, x: Tensor, which: str, number: int) -> Tensor:
+        """Return x (…, I) times weights of a layer, plus its biases if it has any."""
+        weight: Tensor = getattr(self, f"weight_{which}_l{number}")
+        bias: Tensor | None = getattr(self, f"bias_{which}_l{number}", None)
+        return functional.linear(x, weight, bias)
 
 
 def _gru(x: Tensor, product: Tensor, states: States) -> States:
