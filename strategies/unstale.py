@@ -194,12 +194,12 @@ class Unstale(PreAggregator):
         kept = math.ceil(self.keep * updates.shape[1])
         mask = largest(updates, kept) if kept >= LEAST_KEPT else torch.ones_like(updates, dtype=torch.bool)
         sought = Sought(
-            torch.stack([version(cohort, int(cohort.received[row])) for row in rows]),
+            torch.stack([version(cohort, int(cohort.received[row]), updates) for row in rows]),
             updates, mask, weights.to(updates), cohort.num_steps[rows],
             tuple(int(cohort.received[row]) + 1 for row in rows),
         )  # fmt: skip
         found = self.inversion.search(self.mimic, sought, x.to(updates), z.to(updates))
-        newest = version(cohort, cohort.round - 1).expand_as(updates)  # (S, D)
+        newest = version(cohort, cohort.round - 1, updates).expand_as(updates)  # (S, D)
         samples = (found.x, found.z, sought.weights)
         estimates = self.inversion.local_round(
             self.mimic, newest, samples, sought, round=cohort.round, create_graph=False
