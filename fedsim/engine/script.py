@@ -154,7 +154,7 @@ def loop(
         if out is not None:
             delta = out[row]
             torch.sub(flat, start, out=delta)
-            norms[row].copy_(torch.dot(delta, delta))
+            norms[row].copy_(torch.linalg.vector_norm(delta).square())
         else:
             flat.sub_(start)
             norm = torch.dot(flat, flat)
