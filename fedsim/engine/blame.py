@@ -43,9 +43,14 @@ def batching(error: BaseException) -> bool:
 
 def users_line(error: BaseException) -> str:
     """Return what went wrong and the last line of the user's own code on the way there."""
+    place = users_place(error)
+    return f"{place}: {_words(error)}" if place else _words(error)
+
+
+def users_place(error: BaseException) -> str:
+    """Return the last line of the user's own code on the way to an error, with its file and number; or nothing."""
     own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OURS)]
-    where = f"{own[-1].filename}:{own[-1].lineno}, `{own[-1].line}`: " if own else ""
-    return where + _words(error)
+    return f"{own[-1].filename}:{own[-1].lineno}, `{own[-1].line}`" if own else ""
 
 
 def _words(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Streamed, Sums
 from fedsim.engine import apart
+from fedsim.engine.blame import users_place
 from fedsim.engine.blocks import concatenate, merge, select
 from fedsim.engine.halving import Change, Halving
 from fedsim.engine.hosted import Hosted
@@ -295,7 +296,8 @@ class Trainer:
                 what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
                 what += _ONE_SAMPLE if "more than 1 value per channel" in what else ""
                 if self.on_client_error == "raise":
-                    raise ClientError(f"client {client} failed in round {job.round}: {what}") from error
+                    place = f" ({line})" if (line := users_place(error)) else ""
+                    raise ClientError(f"client {client} failed in round {job.round}: {what}{place}") from error
                 self.failures[client], found = what, True
         return found
 
