@@ -163,7 +163,7 @@ class Killed(BaseException):
 
 MOMENTS = [
     ("fedsim.checkpoint.save", 2),  # a row that has no checkpoint yet, its clients' rows flushed
-    ("fedsim.checkpoint.save_file", 2),
+    ("fedsim.checkpoint.save_tensors", 2),
     ("fedsim.metrics.records.ClientLog.flush", 2),
     ("fedsim.metrics.records.RoundLog.append", 9),  # rounds and timings: between the two files of a round
     ("fedsim.metrics.records.ClientLog.append", 4),
