@@ -89,7 +89,7 @@ class Sending(LinearRule):
 
 BROKEN = {
     "repeat": (Random(), None, "draw randomness from context.rng or cohort.rng alone"),
-    "engines": (Branching(), None, "differ|no Python branch"),
+    "engines": (Branching(), None, "differ|a tensor's value is asked for"),
     "alone": (Counting(), None, "keep nothing in the objective between calls"),
     "pure": (Writing(), Sending(torch.zeros(3, dtype=torch.float64)), r"writes into context.broadcast\['anchor'\]"),
     "precision": (Eps(), None, "float32 and float64 differ"),

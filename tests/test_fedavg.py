@@ -79,7 +79,7 @@ def test_a_mean_of_rows_reads_them_once(monkeypatch):
     def asked(updates):
         raise AssertionError("nobody needs the norms")
 
-    monkeypatch.setattr("fedsim.contracts.row_square_norms", asked)
+    monkeypatch.setattr("fedsim.contracts.square_norms", asked)
     assert apply_rule(FedAvg(), [[1.0, 0.0], [0.0, 4.0]], weights=[3, 1]).tolist() == [0.75, 1.0]
     with pytest.raises(AssertionError, match="nobody"):
         apply_rule(FedExP(), [[1.0, 0.0], [0.0, 4.0]])

@@ -38,7 +38,7 @@ def test_clients_are_evaluated_with_their_own_parameters(tmp_path):
     loop.run()
     clients = np.flatnonzero(loop.experiment.splits.test.sizes > 0)
     measured = loop.backend.evaluate(2, clients, loop.weights)
-    figures = loop.evaluator.client_figures(loop.weights, loop.backend.buffers).figures
+    figures = loop.evaluator.client_figures(loop.weights, loop.backend.buffers, loop.round).figures
     assert measured["eval_acc"].mean() == pytest.approx(float(figures["client_accuracy_mean"]), rel=1e-12)
     assert measured["num-examples"].tolist() == loop.experiment.splits.test.sizes[clients].tolist()
     rows = loop.backend.evaluate(2, clients, loop.weights.expand(len(clients), -1))
