@@ -1,8 +1,8 @@
 """The figures of the README's table: every method on the default setting, seeds 0-4.
 
-    python benchmarks/methods.py [--folder FOLDER] [--only NAME ...] [override ...]
+    python benchmarks/methods.py [--folder FOLDER] [--only NAME,NAME] [override ...]
 
-An override holds for all methods, e.g. partition.alpha=0.1; --only scaffold fednova takes some strategies alone.
+An override holds for all methods, e.g. partition.alpha=0.1; --only scaffold,fednova takes some strategies alone.
 One line of Markdown a method: mean ± standard deviation
 (of the sample, n − 1) of the last round's figures, in per cent, on the test split and on the clients' own test data.
 """
@@ -91,8 +91,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--folder", type=Path, help="keeps the run folders; a temporary one if absent")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="strategies; all if absent")
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), metavar="NAME,NAME", help="strategies; all if absent"
+    )
     given = parser.parse_intermixed_args()
-    chosen = [m for m in METHODS if given.only is None or m[0].removeprefix("strategy=") in given.only]
+    names = [method[0].removeprefix("strategy=") for method in METHODS]
+    if unknown := sorted(set(given.only or ()) - set(names)):
+        parser.error(f"no method {unknown[0]} in the table; it has {', '.join(dict.fromkeys(names))}")
+    chosen = [method for method, name in zip(METHODS, names, strict=True) if given.only is None or name in given.only]
     with tempfile.TemporaryDirectory() as temporary:
         main(given.folder or Path(temporary), given.overrides, chosen)
