@@ -189,3 +189,33 @@ def test_the_sum_of_rows_that_moves_a_bias_is_one_product_with_ones():
 def test_a_split_into_one_part_is_that_part():
     program = record(lambda given: list(given[0].split_with_sizes([3])), [torch.ones(3), torch.ones(1)])
     assert torch.equal(program([torch.arange(3.0), torch.ones(1)])[0], torch.arange(3.0))
+
+
+class ByChannel(nn.Module):
+    """A dense layer over each channel's pixels: its rows are channels, not samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(20, 90, bias=False).double(), nn.Linear(90, 5).double()
+
+    def forward(self, x):
+        rows = x.view(-1, 4, 5).flatten(1)  # (2b, 20)
+        return self.head(torch.tanh(self.first(rows)).view(-1, 2, 90).mean(1))
+
+
+def test_rows_that_are_parts_of_samples_are_not_the_samples():
+    module, x = ByChannel(), X[:4].view(4, 2, 4, 5)
+
+    def step(given):
+        weight = given[0].detach().requires_grad_()
+        with torch.enable_grad():
+            logits = torch.func.functional_call(module, {"first.weight": weight}, given[1])
+            given[0].sub_(torch.autograd.grad(logits.square().sum(), [weight])[0])
+        return [logits.sum().detach()]
+
+    given = [module.first.weight.detach().clone(), x.clone()]
+    program = record(step, [v.clone() for v in given], fixed=1, samples=1)
+    assert program.deferral is None
+    mine, theirs = [v.clone() for v in given], [v.clone() for v in given]
+    torch.testing.assert_close(program(mine), step(theirs))
+    torch.testing.assert_close(mine, theirs)

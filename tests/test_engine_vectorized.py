@@ -244,6 +244,15 @@ def test_a_model_that_reads_a_layers_weight_itself_is_batched_but_not_merged():
 
 
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_an_unrolled_layer_answers_what_models_ask_of_torchs_own(kind):
+    layer = kind(4, 3, num_layers=2, batch_first=True)
+    mine = unrolled(nn.Sequential(layer))[0]
+    mine.flatten_parameters()
+    for name in ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "mode"):
+        assert getattr(mine, name) == getattr(layer, name)
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_an_unrolled_layer_is_torchs_own(kind, batch_first):
     torch.manual_seed(0)

@@ -15,7 +15,6 @@ from fedsim.engine.graphs import Graphs
 from fedsim.engine.laid import Laid, Plan
 from fedsim.engine.situation import Situation
 from fedsim.engine.stepping import Stepping
-from fedsim.engine.stepping import kept as kept
 from fedsim.engine.task import BUFFER, LOCAL, Block, Job, Task
 from fedsim.layout import Params
 from fedsim.local import Int64

@@ -109,9 +109,10 @@ def _matrices(ops: list[Op], samples: int) -> set[int | None]:
         for value in op.args:
             if isinstance(value, Ref) and value.number == samples and len(value.shape) == 2:
                 found.add(samples)
-        if op.function is aten.view.default and op.args[0].number in views:
+        same = op.function is aten.view.default and op.args[0].number in views and op.args[1]
+        if same and op.args[1][0] == op.args[0].shape[0]:  # rows are samples still
             views.add(op.outs[0])
-            if len(op.args[1]) == 2 and op.args[1][0] == op.args[0].shape[0]:
+            if len(op.args[1]) == 2:
                 found.add(op.outs[0])
     return found
 

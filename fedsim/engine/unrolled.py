@@ -33,10 +33,15 @@ class Unrolled(nn.Module):
 
     def __init__(self, layer: nn.GRU | nn.LSTM) -> None:
         super().__init__()
+        # What models ask of a layer: sizes, `bidirectional`, …
+        self.__dict__.update({name: value for name, value in vars(layer).items() if not name.startswith("_")})
         self.gated, self.batch_first, self.num_layers = isinstance(layer, nn.GRU), layer.batch_first, layer.num_layers
         self.hidden_size = layer.hidden_size
         for name, parameter in layer.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: there is no cuDNN here whose memory would be laid out."""
 
     def forward(self, x: Tensor, state: Tensor | States | None = None) -> tuple[Tensor, Tensor | States]:
         """Return the last layer's states and, of each layer, the last: (L, B, H), of an LSTM two of them."""
