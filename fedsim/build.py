@@ -29,6 +29,23 @@ from fedsim.timing import timed
 
 Parts = Mapping[str, Any]
 TRAINING = tuple(LocalTraining.__dataclass_fields__)
+# What a group's object has to be, in words and as a test.
+WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "data": (
+        "a fedsim.contracts.Dataset or a function that returns one",
+        lambda given: isinstance(given, Dataset) or callable(given),
+    ),
+    "model": ("an nn.Module or a function that returns one", callable),
+    "client": (
+        "an objective with `criterion` or `loss`",
+        lambda given: any(hasattr(given, name) for name in ("criterion", "loss", "clients")),
+    ),
+    "strategy": (
+        "a rule, which has `init` and `__call__`, or a Flower strategy",
+        lambda given: (callable(given) and hasattr(given, "init")) or hasattr(given, "configure_train"),
+    ),
+    "training": ("a fedsim.local.LocalTraining", lambda given: isinstance(given, LocalTraining)),
+}
 
 
 def build(
@@ -55,7 +72,7 @@ def build(
     dataset, partition, local, splits, adversary = built[:5]
     client, training = _client(config, parts)
     with blamed("strategy"):
-        strategy = _bound(parts.get("strategy") or _strategy(config, splits, run), local_training=training)
+        strategy = _bound(_strategy(config, parts, splits, run), local_training=training)
         if getattr(strategy, "local_buffers", False):
             run = replace(run, buffers="client")
         model, names = build_model(config, parts, dataset, run, strategy)
@@ -99,30 +116,19 @@ def build(
 
 def _check_parts(parts: Parts) -> None:
     """Refuse objects that are not what their group asks for."""
-    wanted: dict[str, tuple[str, Callable[[Any], bool]]] = {
-        "data": (
-            "a fedsim.contracts.Dataset or a function that returns one",
-            lambda given: isinstance(given, Dataset) or callable(given),
-        ),
-        "model": ("an nn.Module or a function that returns one", callable),
-        "client": (
-            "an objective with `criterion` or `loss`",
-            lambda given: any(hasattr(given, name) for name in ("criterion", "loss", "clients")),
-        ),
-        "strategy": (
-            "a rule or a Flower strategy",
-            lambda given: hasattr(given, "init") or hasattr(given, "configure_train"),
-        ),
-        "training": ("a fedsim.local.LocalTraining", lambda given: isinstance(given, LocalTraining)),
-    }
-    for name, (what, fits) in wanted.items():
-        value = parts.get(name)
-        if value is None:
-            continue
-        if isinstance(value, type) and name in ("client", "strategy", "training"):
-            raise UserError(f"{name} must be {what}, got the class {value.__name__}: call it")
-        if not fits(value):
-            raise UserError(f"{name} must be {what}, got {type(value).__name__}")
+    for name, value in parts.items():
+        if name in WANTED and value is not None:
+            _check_part(name, value)
+
+
+def _check_part(name: str, value: Any) -> None:
+    what, fits = WANTED[name]
+    if isinstance(value, type) and name in ("client", "strategy", "training"):
+        raise UserError(f"{name} must be {what}, got the class {value.__name__}: call it")
+    if isinstance(value, dict):
+        raise UserError(f"{name} must be {what}, got a YAML file without _target_")
+    if not fits(value):
+        raise UserError(f"{name} must be {what}, got {type(value).__name__}")
 
 
 def _machine(run: Run) -> tuple[torch.device, torch.dtype]:
@@ -149,11 +155,15 @@ def _machine(run: Run) -> tuple[torch.device, torch.dtype]:
     return device, dtype
 
 
-def _strategy(config: Config, splits: ClientSplits, run: Run) -> Any:
+def _strategy(config: Config, parts: Parts, splits: ClientSplits, run: Run) -> Any:
+    if parts.get("strategy") is not None:
+        return parts["strategy"]
     node = plain(config.strategy)
     if "num_sampled_clients" in node and node["num_sampled_clients"] is None:  # Flower's DP wrappers want it at once
         node["num_sampled_clients"] = cohort_size(run.fraction, int((splits.train.sizes > 0).sum()))
-    return instantiate(node, "strategy")
+    strategy = instantiate(node, "strategy")
+    _check_part("strategy", strategy)
+    return strategy
 
 
 def _bound(strategy: Any, **known: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from fedsim import __version__, plugins
 from fedsim.actions import Arguments
-from fedsim.errors import UserError, did_you_mean
+from fedsim.errors import UserError, did_you_mean, place_of
 from fedsim.verbs import VERBS, Verb
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # the last place where a failure can become one line
         first = (str(error).strip().splitlines() or [""])[0]
         kind = "" if type(error) is RuntimeError and first else f"{type(error).__name__}: "
-        hint = "" if verbose else " (-v shows where)"
+        place = place_of(error)
+        hint = "" if verbose else f" ({place}; -v shows more)" if place else " (-v shows where)"
         return _report(error, f"{kind}{first}{hint}", FAILED, verbose=verbose)
 
 

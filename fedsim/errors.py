@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import sysconfig
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -24,6 +27,19 @@ def blamed(part: str) -> Iterator[None]:
         raise
     except ValueError as error:
         raise UserError(f"{part}: {error}") from error
+
+
+def place_of(error: BaseException, ours: Iterable[str] = ()) -> str:
+    """Return the last line of somebody's own code on the way to an error, as "FILE:NUMBER, `LINE`"; or nothing.
+
+    Args:
+        error: with its traceback.
+        ours: beginnings of files that are not theirs; fedsim and what is installed if empty.
+
+    """
+    known = tuple(ours) or (str(Path(__file__).parent), *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), "<")
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(known)]
+    return f"{own[-1].filename}:{own[-1].lineno}, `{own[-1].line}`" if own else ""
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, Rule, State
+from fedsim.errors import UserError
 from fedsim.layout import Layout
 from fedsim.local import Int64
 
@@ -22,6 +23,12 @@ class Trains(Protocol):
     ) -> Cohort:
         """Train clients (K,) from models (D,) and return those that answered."""
         ...
+
+
+def _kind(value: Any) -> str:
+    return (
+        f"a tuple of {len(value)}" if isinstance(value, tuple) else "nothing" if value is None else type(value).__name__
+    )
 
 
 class RuleShell:
@@ -40,12 +47,20 @@ class RuleShell:
         self.metrics: Metrics = {}
         self.cohort: Cohort | None = None
 
+    @property
+    def _name(self) -> str:
+        return type(self.rule).__name__
+
     def begin(self, layout: Layout, cohort: int, connected: int) -> None:
         """Before the first round, let the rule refuse a cohort of that size, and make its state."""
         if self.state is None:
             if check := getattr(self.rule, "check", None):
                 check(cohort)
             self.state = self.rule.init(layout, self.num_clients or connected)
+            if not isinstance(self.state, dict):
+                raise UserError(
+                    f"strategy: {self._name}.init must return a dict, got {_kind(self.state)}; {{}} is none"
+                )
 
     def broadcast(self) -> Mapping[str, Any]:
         """Return what the rule sends along with the model; `begin` was called."""
@@ -56,7 +71,17 @@ class RuleShell:
         """Return the new weights (D,) that the rule makes of a cohort and w (D,)."""
         assert self.state is not None  # `begin` was called
         self.cohort = cohort
-        delta, self.state, self.metrics = self.rule(cohort, self.state)
+        result: Any = self.rule(cohort, self.state)
+        if not isinstance(result, tuple) or len(result) != 3:
+            raise UserError(f"strategy: {self._name} must return (delta (D,), state, metrics), got {_kind(result)}")
+        delta, state, metrics = result
+        if not isinstance(delta, Tensor) or delta.shape != w.shape:
+            got = tuple(delta.shape) if isinstance(delta, Tensor) else _kind(delta)
+            raise UserError(f"strategy: {self._name} must return a step of shape {tuple(w.shape)}, got {got}")
+        if not isinstance(state, dict) or not isinstance(metrics, dict):
+            wrong = ("state", state) if not isinstance(state, dict) else ("metrics", metrics)
+            raise UserError(f"strategy: {self._name} must return its {wrong[0]} as a dict, got {_kind(wrong[1])}")
+        self.state, self.metrics = state, metrics
         return w + delta
 
     def round(self, round: int, w: Tensor, clients: Int64, backend: Trains) -> tuple[Tensor, Metrics]:

@@ -1,6 +1,7 @@
 """The command line: verbs, help, exit codes, and how little a start costs."""
 
 import importlib
+import inspect
 import os
 import shlex
 import subprocess
@@ -255,13 +256,16 @@ def fail(simulation: Simulation, error: BaseException) -> None:
     simulation.act = act
 
 
+WHERE = f"({__file__}:{inspect.getsourcelines(fail)[1] + 2}, `raise error`; -v shows more)"  # not fedsim's own line
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
         (UserError("20 clients, 10 samples"), 2, "fedsim: 20 clients, 10 samples"),
-        (RuntimeError("all updates were bad\nmore"), 1, "fedsim: all updates were bad (-v shows where)"),
-        (ValueError("a bug"), 1, "fedsim: ValueError: a bug (-v shows where)"),
-        (MemoryError(), 1, "fedsim: MemoryError:  (-v shows where)"),
+        (RuntimeError("all updates were bad\nmore"), 1, f"fedsim: all updates were bad {WHERE}"),
+        (ValueError("a bug"), 1, f"fedsim: ValueError: a bug {WHERE}"),
+        (MemoryError(), 1, f"fedsim: MemoryError:  {WHERE}"),
         (OSError(28, "No space left on device", "x"), 1, "No space left on device"),
         (KeyboardInterrupt(), 130, "fedsim: interrupted before the first checkpoint; there is nothing to resume"),
     ],

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-import traceback
 from pathlib import Path
 
 import torch
+
+from fedsim.errors import place_of
 
 _OURS = (  # beginnings of files that are not the user's
     str(Path(torch.__file__).parent),
@@ -49,8 +50,7 @@ def users_line(error: BaseException) -> str:
 
 def users_place(error: BaseException) -> str:
     """Return the last line of the user's own code on the way to an error, with its file and number; or nothing."""
-    own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OURS)]
-    return f"{own[-1].filename}:{own[-1].lineno}, `{own[-1].line}`" if own else ""
+    return place_of(error, _OURS)
 
 
 def _words(error: BaseException) -> str:
