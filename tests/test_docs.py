@@ -146,7 +146,7 @@ def _shell(line, capsys):
         for test in tests:
             test()
     elif words[:1] == ["fedsim"]:
-        words = [word.replace("../shared/data", str(_data_root())) for word in words]
+        words = [word.replace("~/data", str(_data_root())) for word in words]
         assert cli.main(_capped(words[1:])) == 0, (line, capsys.readouterr().err)
     else:
         assert words[:1] in ([], ["make"], ["bash"]), f"no way to test {line!r}"
@@ -177,7 +177,7 @@ def test_commands_and_code_run(page, capsys):
         if language == "python" and not name:
             exec(compile(text, page, "exec"), {"__name__": page})
         for line in text.splitlines() if language == "sh" else ():
-            if "../shared/data" in line and _data_root() is None:
+            if "~/data" in line and _data_root() is None:
                 skipped.append(line)
             else:
                 _shell(line, capsys)
