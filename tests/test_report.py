@@ -431,6 +431,25 @@ def test_compare_of_a_run_with_itself_and_of_lone_runs(tmp_path):
     assert "client.proximal_mu" in compare(tmp_path / "a", tmp_path / "d")
 
 
+@pytest.mark.parametrize(
+    ("seeds", "said", "cells"),
+    [
+        ((0,), "A, B and B − A are of seed 0 alone.", r"80\.00 +84\.00 +\+4\.00 "),
+        ((0, 2), "A, B and B − A are of the 2 seeds that both have.", r"79\.00 ± \S+ +83\.50 ± \S+ +\+4\.50 ± "),
+        ((7,), "No run of A has its seeds in B: A and B are of all their runs", r"80\.25 ± \S+ +84\.00 +– "),
+    ],
+)
+def test_compare_of_unequal_seeds_has_one_population_a_row(tmp_path, seeds, said, cells):
+    for seed, accuracy in enumerate(FINAL["fedavg", 0.1]):
+        write_run(tmp_path / "a" / str(seed), seed=seed, accuracy=accuracy)
+    for seed, accuracy in zip(seeds, FINAL["mine", 0.1][::2], strict=False):
+        write_run(tmp_path / "b" / str(seed), strategy="mine", seed=seed, accuracy=accuracy)
+    out = compare(tmp_path / "a", tmp_path / "b")
+    assert said in out
+    (line,) = (line for line in out.splitlines() if line.startswith("accuracy"))
+    assert re.search(cells, line), line
+
+
 def test_compare_needs_two_folders(tmp_path, capsys):
     assert cli.main(["compare", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "fedsim: fedsim compare takes two folders, got 1\n"

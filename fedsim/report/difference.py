@@ -32,7 +32,8 @@ class Row:
 def compare(a: Path, b: Path) -> str:
     """Return what differs between A and B, as text for a terminal.
 
-    Runs are paired by seeds and by what varies within A and within B. Of two lone runs, which no interval over seeds
+    Runs are paired by seeds and by what varies within A and within B; where some have no partner, all columns are of
+    the pairs alone, and where none has, of all runs and without a difference. Of two lone runs, which no interval over seeds
     can come from, the clients are paired where both have one partition.
 
     Raises:
@@ -56,7 +57,7 @@ def compare(a: Path, b: Path) -> str:
     if not rows:
         lines += [f"results: all {equal} are equal", ""]
     else:
-        lines += [*_columns(table), "", _legend(rows, len(pairs), equal)]
+        lines += [*_columns(table), "", _legend(rows, len(pairs), equal, _population(left, right, pairs))]
     return "\n".join(lines).rstrip()
 
 
@@ -105,15 +106,31 @@ def _results(left: Sequence[Run], right: Sequence[Run], pairs: Sequence[tuple[Ru
     for name in names:
         if name.startswith("seconds"):
             continue
+        both = [(p.results[name], q.results[name]) for p, q in pairs if name in p.results and name in q.results]
         x, y = ([run.results[name] for run in runs if name in run.results] for runs in (left, right))
+        if both:  # the three columns are of the same runs
+            x, y = ([pair[i] for pair in both] for i in (0, 1))
         if sorted(x) == sorted(y):
             equal += 1
             continue
-        both = [(p.results[name], q.results[name]) for p, q in pairs if name in p.results and name in q.results]
         test = paired([q for _, q in both], [p for p, _ in both])
         left_text, right_text = (tables.plus_minus(name, mean_of(v)) if v else "–" for v in (x, y))
         rows.append(Row(tables.heading(name), left_text, right_text, test, _difference(name, both, test)))
     return rows, equal
+
+
+def _population(left: Sequence[Run], right: Sequence[Run], pairs: Sequence[tuple[Run, Run]]) -> str:
+    """Say which runs the columns are of, where it is not all of A, each with its partner in B."""
+    if len(pairs) == len(left) == len(right):
+        return ""
+    settings = " and settings" if differing(left) or differing(right) else ""
+    if not pairs:
+        return f"No run of A has its seeds{settings} in B: A and B are of all their runs, without a difference."
+    if settings:
+        return f"A, B and B − A are of the {_many(len(pairs), 'pair')} of equal seeds and settings alone."
+    if len(pairs) == 1:
+        return f"A, B and B − A are of seed {written(pairs[0][0].config.get('seed'))} alone."
+    return f"A, B and B − A are of the {_many(len({run.seeds for run, _ in pairs}), 'seed')} that both have."
 
 
 def _difference(name: str, both: Sequence[tuple[float, float]], test: Paired | None) -> str:
@@ -163,9 +180,9 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def _legend(rows: Sequence[Row], pairs: int, equal: int) -> str:
+def _legend(rows: Sequence[Row], pairs: int, equal: int, population: str) -> str:
     """Return what the table's columns mean, in a few lines."""
-    parts = [f"{_many(equal, 'more result')} equal." if equal else ""]
+    parts = [f"{_many(equal, 'more result')} equal." if equal else "", population]
     by_clients = any(row.name == _CLIENT_FIGURE for row in rows)
     if pairs >= 2:
         parts.append(f"B − A over {_many(pairs, 'pair')} of equal seeds ± half of the 95 % interval.")
