@@ -32,9 +32,9 @@ class Row:
 def compare(a: Path, b: Path) -> str:
     """Return what differs between A and B, as text for a terminal.
 
-    Runs are paired by seeds and by what varies within A and within B; where some have no partner, all columns are of
-    the pairs alone, and where none has, of all runs and without a difference. Of two lone runs, which no interval over seeds
-    can come from, the clients are paired where both have one partition.
+    Runs are paired by seeds and by what varies within A and within B; where some have no partner, all columns are
+    of the pairs alone, and where none has, of all runs and without a difference. Of two lone runs, which no
+    interval over seeds can come from, the clients are paired where both have one partition.
 
     Raises:
         UserError: a folder without runs.
