@@ -34,7 +34,7 @@ from fedsim.objects import with_parts
 from fedsim.partition.picture import draw
 from fedsim.plan import departures, read_plan
 from fedsim.saved import amend, claim_run_dir, has_fixed_folder, load, run_dir_named
-from fedsim.summary import SHOWN, plan_line, summarised
+from fedsim.summary import plan_line, shown, summarised
 from fedsim.trackers import tracked
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def _rounds(
     summary = summarised(experiment, loop, setup=setup)
     _draw(experiment.dataset, experiment.partition, folder)
     write_json(folder / "summary.json", summary)
-    observer.finish({name: value for name, value in summary.items() if name in SHOWN} | {"folder": str(folder)})
+    observer.finish({**shown(summary), "folder": str(folder)})
     return Result(folder=folder, summary=summary, model=experiment.task.module.eval())
 
 

@@ -12,8 +12,14 @@ from fedsim.metrics.records import RoundLog
 from fedsim.quantities import counted
 
 SHOWN = ("accuracy", "loss", "validation_accuracy", "client_accuracy_mean", "client_accuracy_worst",
-          "held_out_accuracy_mean", "epsilon", "delta", "num_rounds", "stopped", "bytes_up", "bytes_down",
-          "seconds")  # fmt: skip
+          "held_out_accuracy_mean", "num_attackers", "honest_accuracy_mean", "backdoor_accuracy", "staleness_mean",
+          "num_lost", "epsilon", "delta", "num_rounds", "stopped", "bytes_up", "bytes_down", "seconds")  # fmt: skip
+
+
+def shown(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the screen says of a summary; simulated seconds only where clients differ in time."""
+    timed = ("simulated_seconds",) if "num_lost" in summary else ()
+    return {name: value for name, value in summary.items() if name in SHOWN + timed}
 
 
 def plan_line(plan: Mapping[str, Any]) -> str:
@@ -42,6 +48,7 @@ def summarised(experiment: Experiment, loop: Loop, *, setup: float) -> dict[str,
     """
     rows = RoundLog.read(loop.folder / "rounds.jsonl")
     due = experiment.evaluation.due
+    adversary = None if loop.uplink is None else loop.uplink.adversary
     evaluated = [row for row in rows if row.get("evaluated") and due(row["round"], loop.round).server]
     best = max(evaluated, key=lambda row: row.get("validation_accuracy") or -1.0, default={})
     return {
@@ -53,7 +60,9 @@ def summarised(experiment: Experiment, loop: Loop, *, setup: float) -> dict[str,
         **{name: value for name, value in loop.figures.known.items() if not name.startswith("recall_")},
         "best_validation": {name: best.get(name) for name in ("round", "validation_accuracy", "accuracy", "loss")},
         **({"reached": reached(rows, targets)} if (targets := experiment.evaluation.targets) else {}),
+        **({"num_attackers": int(adversary.byzantine.sum())} if adversary else {}),
         "simulated_seconds": rows[-1].get("simulated_seconds") if rows else None,
+        **_delayed(rows),
         **_spent(rows),
         "bytes_up": sum(row.get("bytes_up") or 0 for row in rows),
         "bytes_down": sum(row.get("bytes_down") or 0 for row in rows),
@@ -67,3 +76,15 @@ def _spent(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the (ε, δ) that stands after the last round, of runs that account for privacy."""
     last: Mapping[str, Any] = next((row for row in reversed(rows) if "epsilon" in row), {})
     return {name: last.get(name) for name in ("epsilon", "delta") if last}
+
+
+def _delayed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return mean staleness over all updates that were aggregated, and lost jobs, where clients differ in time."""
+    if not any("num_lost" in row for row in rows):
+        return {}
+    stale = [(row["staleness_mean"], row["num_participants"]) for row in rows if row.get("staleness_mean") is not None]
+    num = sum(num for _, num in stale)
+    return {
+        "staleness_mean": sum(mean * num for mean, num in stale) / num if num else None,
+        "num_lost": sum(row.get("num_lost") or 0 for row in rows),
+    }

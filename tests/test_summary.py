@@ -1,0 +1,45 @@
+"""What the last lines of a run say: what was asked for, and nothing that was not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+import fedsim
+from fedsim.summary import shown
+
+TINY = ("data=blobs", "model=logreg", "num_rounds=6", "fraction=0.4")
+NAMES = {
+    "simulated_seconds",
+    "staleness_mean",
+    "num_lost",
+    "num_attackers",
+    "honest_accuracy_mean",
+    "backdoor_accuracy",
+}
+
+
+def run(folder, *words):
+    return fedsim.simulate(*TINY, *words, folder=folder / "run")
+
+
+def test_a_plain_run_is_not_timed(tmp_path):
+    assert NAMES.isdisjoint(shown(run(tmp_path).summary))
+
+
+def test_a_delayed_run_shows_its_clock_and_the_mean_over_updates(tmp_path):
+    result = run(tmp_path, "mode=async", "devices=lognormal", "devices.dropout=0.3")
+    said = shown(result.summary)
+    table = pyarrow.parquet.read_table(result.folder / "clients.parquet")
+    staleness = table.column("staleness").drop_null().to_numpy()
+    assert staleness.max() > 0
+    assert said["staleness_mean"] == pytest.approx(np.mean(staleness))
+    assert said["num_lost"] == sum(row["num_lost"] for row in result.rounds) > 0
+    assert said["simulated_seconds"] == result.rounds[-1]["simulated_seconds"]
+
+
+def test_an_attacked_run_shows_attackers_and_the_honest(tmp_path):
+    said = shown(run(tmp_path, "attack=backdoor", "attack.fraction=0.3", "partition.num_clients=10").summary)
+    assert NAMES & said.keys() == {"num_attackers", "honest_accuracy_mean", "backdoor_accuracy"}
+    assert said["num_attackers"] == 3
