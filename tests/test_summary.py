@@ -43,3 +43,7 @@ def test_an_attacked_run_shows_attackers_and_the_honest(tmp_path):
     said = shown(run(tmp_path, "attack=backdoor", "attack.fraction=0.3", "partition.num_clients=10").summary)
     assert NAMES & said.keys() == {"num_attackers", "honest_accuracy_mean", "backdoor_accuracy"}
     assert said["num_attackers"] == 3
+
+
+def test_an_attack_has_two_tenths_of_the_clients_unless_told(tmp_path):
+    assert run(tmp_path, "attack=alie", "partition.num_clients=10").summary["num_attackers"] == 2
