@@ -29,7 +29,7 @@ def test_a_plain_run_is_not_timed(tmp_path):
 
 
 def test_a_delayed_run_shows_its_clock_and_the_mean_over_updates(tmp_path):
-    result = run(tmp_path, "mode=async", "devices=lognormal", "devices.dropout=0.3")
+    result = run(tmp_path, "mode=fixed_delay", "mode.delay=2", "devices=tiers", "devices.dropout=0.3")
     said = shown(result.summary)
     table = pyarrow.parquet.read_table(result.folder / "clients.parquet")
     staleness = table.column("staleness").drop_null().to_numpy()
