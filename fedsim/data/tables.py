@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet
 
+from fedsim.data import hub
 from fedsim.data.files import roots
 from fedsim.errors import UserError, did_you_mean
 
@@ -173,8 +174,9 @@ def _load(name: str, config: str | None, split: str, tried: Sequence[Path]) -> T
         raise UserError(
             f"data.name={name!r} is read by Hugging Face datasets, which is not installed: pip install 'fedsim[data]'"
         ) from error
+    here = Path(name) in tried
     try:
-        return _HubSplit(datasets.load_dataset(name, config, split=split))
+        return _HubSplit(datasets.load_dataset(name, config, split=split) if here else hub.load(name, config, split))
     except Exception as error:  # datasets raises a dozen kinds, from requests' to its own
         looked = ", ".join(str(folder.absolute()) for folder in tried)
         first_line = str(error).strip().partition("\n")[0]
