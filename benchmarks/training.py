@@ -55,7 +55,7 @@ def b2(options: harness.Options) -> dict[str, Any]:
     peers = {"flower": ("flower", "flower_sim.py", "--registered", str(registered))}
     run = WholeRound(workloads.b2(registered), cohort=10)
     title = "cohort 10 of 60 images 28x28, batch 10, logistic regression"
-    result = compare(workloads.b2(), options, title, peers=peers, run=run)
+    result = compare(workloads.b2(), options, title, peers=peers, run=run, drawn=("flower",))
     run.close()
     return whole_runs(result, options)
 
@@ -102,8 +102,9 @@ def compare(  # noqa: PLR0913  a workload and how to race it
     work: workloads.Workload, options: harness.Options, title: str, *, hand: bool = False,
     engines: tuple[str, ...] = ENGINES, limit_batch: int = 500, warm: int = 2,
     peers: Mapping[str, tuple[str, ...]] | None = None, run: WholeRound | None = None, bound: float = TOLERANCE,
+    drawn: tuple[str, ...] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Check that all sides compute the same mean update, then race them."""
+    """Check that all sides compute the same mean update, but those that draw cohorts of their own; then race them."""
     baselines: dict[str, harness.Side] = {"tight_loop": TightLoop(work)}
     if limit_batch:
         baselines["limit"] = Limit(work, limit_batch)
@@ -133,7 +134,7 @@ def compare(  # noqa: PLR0913  a workload and how to race it
         opened.append(engine)
         sides[name] = threaded(engine_side(engine, work), alone if plan["engine"] == "sequential" else 1)
     with peers_of(work, options, peers or {}) as (others, left_out):
-        differences = check(sides, others, bound)
+        differences = check(sides, {name: peer for name, peer in others.items() if name not in drawn}, bound)
         raced = {**sides, **({"run": run} if run else {}), **others}
         seconds = harness.race(raced, options, warm=warm)
         plans |= {name: dict(peer.about) for name, peer in others.items()}
