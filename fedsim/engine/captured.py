@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.engine.lanes import mixes_samples, users_line
+from fedsim.engine.blame import users_line
+from fedsim.engine.lanes import mixes_samples
 from fedsim.engine.native import Lane, Steps
 from fedsim.engine.play import Play
 from fedsim.engine.step import Step

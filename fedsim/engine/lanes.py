@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedsim.engine.batches import Step
 from fedsim.engine.blame import batching
-from fedsim.engine.blame import users_line as users_line
+from fedsim.engine.blame import users_line
 from fedsim.engine.fused import convert
 from fedsim.engine.gradients import FusedGradient, GenericGradient, Gradient
 from fedsim.engine.model import Functional
