@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fedsim.engine.batches import Step
-from fedsim.engine.blame import batching
-from fedsim.engine.blame import users_line
+from fedsim.engine.blame import batching, users_line
 from fedsim.engine.fused import convert
 from fedsim.engine.gradients import FusedGradient, GenericGradient, Gradient
 from fedsim.engine.model import Functional
