@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedsim.build import build
-from fedsim.build_model import num_cores
+from fedsim.children import num_cores
 from fedsim.config import Config, from_tree, plain
 from fedsim.console import Observer
 from fedsim.data.kept import keeping

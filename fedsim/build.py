@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsim.build_data import build_data
-from fedsim.build_model import build_model, build_task, initial_buffers, initial_weights, num_cores, seed_of
+from fedsim.build_data import build_data, own
+from fedsim.build_model import build_model, build_task, initial_buffers, initial_weights, seed_of
 from fedsim.build_uplink import build_uplink, check_uplink
+from fedsim.children import num_cores
 from fedsim.config import Config, instantiate, plain, settings
 from fedsim.contracts import Dataset, Partition
 from fedsim.data.splits import ClientSplits
@@ -90,7 +91,7 @@ def build(
     engine, reason = planned_engine(
         task, plain(config.engine), cohort=cohort, threads=run.threads or num_cores(), saved=saved, beside=beside
     )
-    sampler = parts.get("sampler") or instantiate(_without(config.sampler, "seed"), "sampler")
+    sampler = parts.get("sampler") or instantiate(own(config.sampler, "seed"), "sampler")
     evaluation = parts.get("metrics") or instantiate(config.metrics)
     tracker = parts.get("tracker") or instantiate(config.tracker)
     mode = parts.get("mode") or instantiate(config.mode)
@@ -218,8 +219,3 @@ def _check_halves(strategy: Any, client: Any, compressor: Any) -> None:
     for group, half in halves.items():
         if list(halves.values()).count(half) < 2:
             raise UserError(f"{group}: {type(parts[group]).__name__} is one half of a method; choose both: {half}")
-
-
-def _without(node: Config, *names: str) -> dict[str, Any]:
-    """Return a group's own arguments, without the ones that all of its choices share."""
-    return {name: value for name, value in plain(node).items() if name not in names}

@@ -79,7 +79,7 @@ def _drawn(config: Config, parts: Parts) -> tuple[Dataset, Partition, ClientSpli
     run = settings(config)
     dataset = parts.get("data")
     if not isinstance(dataset, Dataset):
-        source = _own(config.data, "validation")
+        source = own(config.data, "validation")
         dataset = dataset() if callable(dataset) else kept(source, lambda: instantiate(source, "data"))
     dataset = check_dataset(dataset)
     true = dataset.y
@@ -87,7 +87,7 @@ def _drawn(config: Config, parts: Parts) -> tuple[Dataset, Partition, ClientSpli
     with blamed("partition"):
         dataset = validation_split(dataset, config.data.validation, seed)
         partitioner = parts.get("partition") or instantiate(
-            _own(config.partition, "seed", "held_out_clients", "local_validation", "local_test"), "partition"
+            own(config.partition, "seed", "held_out_clients", "local_validation", "local_test"), "partition"
         )
         train = dataset.splits["train"]
         column = dataset.domain if getattr(partitioner, "natural_from", "client") == "domain" else dataset.client
@@ -103,6 +103,6 @@ def _drawn(config: Config, parts: Parts) -> tuple[Dataset, Partition, ClientSpli
     return dataset, drawn, local, true
 
 
-def _own(node: Config, *names: str) -> dict[str, Any]:
+def own(node: Config, *names: str) -> dict[str, Any]:
     """Return a group's own arguments, without the ones that all of its choices share."""
     return {name: value for name, value in plain(node).items() if name not in names}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedsim.children import num_cores
 from fedsim.config import Config, instantiate, plain
 from fedsim.construct import locate
 from fedsim.contracts import Dataset, Partition
@@ -128,11 +128,6 @@ def probe(model: nn.Module, x: Tensor, num_classes: int) -> float:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"it must return logits of shape {expected}, got {got}")
     return float(sum(counted)) / len(x[:2])
-
-
-def num_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def initial_weights(model: nn.Module, layout: Layout) -> Tensor:

@@ -1,11 +1,17 @@
-"""Processes of one's own: how they are made, ended and spoken of."""
+"""Processes of one's own: how many there may be, how they are made, ended and spoken of."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 from typing import Any
 
 GRACE = 5.0  # seconds in which a process without work ends by itself
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def context(preloaded: str) -> Any:

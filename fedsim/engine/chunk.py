@@ -29,12 +29,15 @@ class Chunk:
         laid: what they do.
         rows: (R,) positions in the job, in descending number of steps.
         gradient: what differentiates their loss.
+        graphs: what replays their steps, where that was asked for.
 
     """
 
-    def __init__(self, task: Task, job: Job, laid: Laid, rows: Int64, gradient: Gradient) -> None:
+    def __init__(self, task: Task, job: Job, laid: Laid, rows: Int64, gradient: Gradient,
+        graphs: Graphs | None = None,
+    ) -> None:  # fmt: skip
         self.task, self.job, self.plans, self.rows = task, job, laid.plans, rows
-        self.graphs: Graphs | None = None  # what replays the steps, where that was asked for
+        self.graphs = graphs
         self.where = torch.from_numpy(rows).to(task.device)  # (R,)
         self.keys = laid.keys[self.where]  # (R,)
         self.state = {name: value[self.where] for name, value in job.state.items()}

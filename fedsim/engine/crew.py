@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from fedsim.children import num_cores
 from fedsim.engine.auto import make_engine
 from fedsim.engine.parcel import Parcel, pack
 from fedsim.engine.pool import Pool
@@ -98,7 +98,9 @@ class Crew:
     def _processes(self, task: Task, bare: Task, setup: Setup, num_blocks: int, devices: list[str]) -> tuple[Pool, int]:
         from fedsim.engine.processes import Processes
 
-        default = len(devices) if self.devices is not None or task.device.type != "cpu" else min(_cores(), num_blocks)
+        default = (
+            len(devices) if self.devices is not None or task.device.type != "cpu" else min(num_cores(), num_blocks)
+        )
         workers = self.workers or default
         each = [devices[k % len(devices)] for k in range(workers)]
         parcel = _packed(bare, "processes", pack)
@@ -107,7 +109,9 @@ class Crew:
     def _ray(self, task: Task, bare: Task, setup: Setup, num_blocks: int) -> tuple[Pool, int]:
         from fedsim.engine.ray import Actors, Cluster
 
-        cluster = Cluster(self.address, self.workers, min(_cores(), num_blocks), self.worker_threads, task.device.type)
+        cluster = Cluster(
+            self.address, self.workers, min(num_cores(), num_blocks), self.worker_threads, task.device.type
+        )
         try:
             return Actors(cluster, _packed(bare, "ray", cluster.pack), setup, task), cluster.workers
         except UserError:
@@ -167,7 +171,3 @@ def _packed(task: Task, name: str, how: Callable[[Any], Parcel]) -> Parcel:
 
 def _line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

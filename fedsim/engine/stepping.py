@@ -127,11 +127,11 @@ class Stepping:
     def _lend(self, step_state: Mapping[str, Tensor], grads: Params) -> None:
         """Take from the kernels the gradients that the objective keeps, and give back those that it keeps no more."""
         held = places(step_state)
-        before, self.lent = self.lent, [(name, grad) for name, grad in grads.items() if _place(grad) in held]
+        before, self.lent = self.lent, [(name, grad) for name, grad in grads.items() if place(grad) in held]
         for name, _ in self.lent:
             del grads[name]
         for name, grad in before:
-            if _place(grad) in held:
+            if place(grad) in held:
                 self.lent.append((name, grad))
             else:
                 grads.setdefault(name, grad)
@@ -139,15 +139,16 @@ class Stepping:
 
 def places(params: Mapping[str, Tensor]) -> set[int]:
     """Return where parameters lie."""
-    return {_place(value) for value in params.values()}
+    return {place(value) for value in params.values()}
 
 
 def kept(values: Mapping[str, Tensor], moving: set[int]) -> dict[str, Tensor]:
     """Return what an objective gave back, without views of what lies where parameters do, which move in place."""
-    return {name: value.clone() if _place(value) in moving else value for name, value in values.items()}
+    return {name: value.clone() if place(value) in moving else value for name, value in values.items()}
 
 
-def _place(tensor: Tensor) -> int:
+def place(tensor: Tensor) -> int:
+    """Return where a tensor's storage lies."""
     return tensor.untyped_storage().data_ptr()
 
 

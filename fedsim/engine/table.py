@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fedsim.engine.fused import convert
 from fedsim.engine.record import Watch
 from fedsim.engine.recurrent import Steps
+from fedsim.engine.stepping import place
 from fedsim.engine.task import Task
 from fedsim.engine.unrolled import plain_recurrent, unrolled
 from fedsim.layout import Params
@@ -148,7 +149,7 @@ def _fused(task: Task) -> tuple[int, int] | None:
     except Exception:  # what a merged forward cannot do is refused, with the reason, where engines are made
         return None
     # A reading of the forward comes with one of the backward; each of a layer's calls adds to the gradient, in and out.
-    calls = {_place(rows.params[name]): number for name, number in rows.calls.items() if name in rows.params}
+    calls = {place(rows.params[name]): number for name, number in rows.calls.items() if name in rows.params}
     return max(1, count.operations), 2 * count.again(count.reads) + 2 * count.again(calls)
 
 
@@ -173,7 +174,7 @@ class _Counter(Watch):  # type: ignore[no-untyped-call]
     def __init__(self, params: Params) -> None:
         super().__init__()
         self.operations, self.calls, self.products, self.convolutions = 0, 0, 0.0, 0.0
-        self.sizes = {_place(value): value.numel() for value in params.values()}
+        self.sizes = {place(value): value.numel() for value in params.values()}
         self.reads: Counter[int] = Counter()  # by products and convolutions, of each place
 
     @torch.no_grad()
@@ -212,10 +213,5 @@ class _Counter(Watch):  # type: ignore[no-untyped-call]
         return out
 
     def _read(self, operand: Tensor) -> None:
-        place = _place(operand)
-        if place in self.sizes:
-            self.reads[place] += 1
-
-
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+        if (where := place(operand)) in self.sizes:
+            self.reads[where] += 1

@@ -96,10 +96,6 @@ class Job:
     def __len__(self) -> int:
         return len(self.clients)
 
-    def key_of(self, row: int) -> int:
-        """Return the randomness key of a row."""
-        return int(self.key[row]) if isinstance(self.key, np.ndarray) else self.key
-
     def part(self, low: int, high: int) -> Job:
         """Return the job of rows low … high − 1, views of this one's."""
         return self.take(slice(low, high))

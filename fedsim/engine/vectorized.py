@@ -96,9 +96,7 @@ class Vectorized:
             try:
                 with torch.no_grad():
                     out = target.room(rows)
-                    chunk = Chunk(self.task, job, laid, rows, gradient)
-                    chunk.graphs = self.graphs
-                    chunk.train(out, block)
+                    Chunk(self.task, job, laid, rows, gradient, self.graphs).train(out, block)
                     target.put(rows, out)
             except (torch.OutOfMemoryError, UserError):
                 raise

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedsim.children import num_cores
 from fedsim.config import Config, instantiate, notes, plain
 from fedsim.construct import construct
 from fedsim.errors import UserError
@@ -68,11 +69,6 @@ class Machine:
         return Cluster(
             self.address, workers=self.workers, threads=threads or 1, trials_per_gpu=self.trials_per_gpu, cpu=cpu
         )
-
-
-def num_cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> list[str]:
