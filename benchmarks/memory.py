@@ -33,7 +33,8 @@ SIDES = {
     "alone": (),
     "sequential": ("engine=sequential",),
     "captured": ("engine=vectorized", "engine.kernels=captured", "threads=1"),
-    "vectorized": ("engine=vectorized", "engine.kernels=generic", "engine.chunk=1", "threads=1"),
+    "generic": ("engine=vectorized", "engine.kernels=generic", "engine.chunk=1", "threads=1"),
+    "fused": ("engine=vectorized", "engine.kernels=fused", "engine.chunk=1", "threads=1"),
 }
 
 

@@ -570,3 +570,44 @@ def test_arguments_are_checked(arguments):
     task, _ = make_task()
     with pytest.raises(ValueError, match=next(iter(arguments))):
         Vectorized(task, **arguments)
+
+
+@pytest.mark.parametrize("kernels", ["fused", "generic"])
+@pytest.mark.parametrize(
+    ("make_objective", "name", "training"),
+    [
+        (CrossEntropy, "cnn", TRAININGS["sgd"]),  # whose dropout is keyed
+        (CrossEntropy, "resnet8", TRAININGS["momentum"]),
+        (lambda: FedProx(proximal_mu=0.5), "mlp", TRAININGS["adamw"]),
+        (FedDyn, "cnn", TRAININGS["clipped"]),
+    ],
+)
+def test_rows_that_are_always_alone_need_no_batching(kernels, make_objective, name, training, monkeypatch):
+    if kernels == "generic" and make_objective is CrossEntropy:
+        monkeypatch.setattr("fedsim.engine.gradients.vmap", None)
+        monkeypatch.setattr("fedsim.engine.gradients.grad_and_value", None)
+    compare(make_objective, name, training, kernels, chunk=1)
+
+
+def test_a_loss_that_depends_on_nothing_that_moves_leaves_a_row_alone_as_it_is():
+    @dataclass(frozen=True)
+    class Still:
+        def criterion(self, logits, targets, weights):
+            return (weights * targets.to(weights)).sum(-1)
+
+    task, weights = make_task(objective=Still())
+    engine = Vectorized(task, kernels="generic", chunk=1, threads=1)
+    updates, _ = train(engine, make_job(task, weights), task.shared.size)
+    assert not updates.any()
+
+
+def test_a_module_lies_in_the_room_of_one_update_and_in_no_larger_one():
+    task, _ = make_task()
+    engine, module = Vectorized(task, threads=1), task.module
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    for count, inside in ((3, False), (1, True)):
+        room = engine.room(count)
+        assert room.shape == (count, task.shared.size)
+        for name, parameter in module.named_parameters():
+            assert (parameter.untyped_storage().data_ptr() == room.untyped_storage().data_ptr()) is inside
+            assert torch.equal(parameter, before[name])

@@ -30,6 +30,7 @@ _PLAIN = tuple(
         (r"Batching rule not implemented for (\S+?)\.? ", r"torch cannot batch \1"),
         (r"dynamic shape|produces? dynamic", "the shape of its result depends on values, which differ by client"),
         (r"backward\(\) called inside", "a loss returns its value; backward() is not for it to call"),
+        (r"grad can be implicitly created only for scalar outputs", "a client's loss must be one number"),
         (r"Expected f\(\*args\) to return a scalar Tensor, got tensor with (\d+) dims",
          r"a client's loss must be one number, got a tensor with \1 axes"),
     )

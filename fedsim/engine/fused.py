@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from fedsim.engine.kernels import FusedConv2d, FusedEmbedding, FusedGroupNorm, FusedLinear
+from fedsim.engine.model import sibling
 from fedsim.engine.recurrent import FusedGRU, FusedRecurrent
 from fedsim.engine.rows import Rows
 from fedsim.engine.unrolled import plain_recurrent
@@ -49,7 +49,7 @@ def convert(module: nn.Module) -> tuple[nn.Module, Rows] | None:
     names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
     if len(names) != len(list(module.parameters())) or list(module.buffers()):
         return None
-    rows, fused = Rows(), copy.deepcopy(module)
+    rows, fused = Rows(), sibling(module)
     inside: set[nn.Module] = set()  # layers of what has been converted as a whole
     for name, layer in list(fused.named_modules()):
         if layer in inside:

@@ -111,18 +111,18 @@ class GenericGradient:
 
     fused = False
 
-    def __init__(self, task: Task, module: nn.Module, *, mixes_samples: bool) -> None:
-        self.task, self.model = task, functional(task, module)
+    def __init__(self, task: Task, module: nn.Module, *, mixes_samples: bool, alone: bool) -> None:
+        self.task, self.model, self.alone = task, functional(task, module), alone
         # A loss of its own, or a model that looks at a whole batch, must get exactly a row's samples: no repeats.
         self.of_batch = hasattr(task.objective, "loss")
         self.whole = self.of_batch or mixes_samples
         self.moving: tuple[str, ...] = ()
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
-        """Run the model under `vmap`."""
+        """Run the model under `vmap`, or a row alone as it is."""
         self.model.module.eval()
         try:
-            logits: Tensor = vmap(self.model)(params, x)
+            logits: Tensor = self.model(*_take((params, x), 0))[None] if self.alone else vmap(self.model)(params, x)
         finally:
             self.model.module.train()
         return logits
@@ -135,7 +135,11 @@ class GenericGradient:
     def __call__(
         self, params: Params, x: Tensor, step: Step, keys: Tensor, situation: Situation
     ) -> tuple[Tensor, Params]:
-        """Run `grad_and_value` under `vmap`; rows whose batches differ in size go in groups where that matters."""
+        """Run `grad_and_value` under `vmap`; rows whose batches differ in size go in groups where that matters.
+
+        Where rows are always alone each is differentiated as it is: that loads nothing of torch's compiler, which takes
+        seconds and 90 MB.
+        """
         own = {name: params[name] for name in self.moving}
         still = {name: value for name, value in params.items() if name not in own}
         y = self.task.y[step.samples]  # (a, b)
@@ -174,11 +178,22 @@ class GenericGradient:
                     value = objective.criterion(self.model(params, x), y, weights)
                 return value
 
-        grads, losses = vmap(grad_and_value(loss))(*operands)
-        return grads, losses
+        if not self.alone:
+            grads, losses = vmap(grad_and_value(loss))(*operands)
+            return grads, losses
+        own, *rest = _take(operands, 0)
+        # `data`, not `detach`: other threads write to other rows of this memory, and autograd counts writes by memory.
+        moved = {name: value.data.requires_grad_() for name, value in own.items()}
+        with torch.enable_grad():
+            value = loss(moved, *rest)
+        if not value.requires_grad:  # it depends on nothing that moves
+            return {name: torch.zeros_like(p)[None] for name, p in own.items()}, value[None]
+        found = torch.autograd.grad(value, list(moved.values()), allow_unused=True, materialize_grads=True)
+        return {name: grad[None] for name, grad in zip(moved, found, strict=True)}, value.detach()[None]
 
 
-def _take(tree: Any, chosen: Tensor) -> Any:
+def _take(tree: Any, chosen: Tensor | int) -> Any:
+    """Return some rows of everything in a tree."""
     if isinstance(tree, Tensor):
         return tree[chosen]
     if isinstance(tree, tuple):

@@ -92,6 +92,33 @@ class _Convolve(torch.autograd.Function):
         return back, None, None
 
 
+class _ConvolveOne(torch.autograd.Function):
+    """y (B, O, H', W') = W (1, O, C, kh, kw) * x (B, C, H, W) + b of a row alone, by torch's own convolution."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, layer: FusedConv2d) -> Tensor:
+        ctx.layer, ctx.x = layer, x
+        weight, ctx.moves = layer.rows.get(layer.weight)
+        assert weight is not None  # a convolution has a weight
+        ctx.weight = weight
+        ctx.bias, ctx.bias_moves = layer.rows.get(layer.bias)
+        bias = None if ctx.bias is None else ctx.bias[0]
+        return functional.conv2d(x, weight[0], bias, layer.stride, layer.padding, layer.dilation)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        layer, sink = ctx.layer, ctx.layer.rows.sink
+        back, weight, bias = torch.ops.aten.convolution_backward(
+            grads[0], ctx.x, ctx.weight[0], None if ctx.bias is None else [layer.out_channels], layer.stride,
+            layer.padding, layer.dilation, False, [0, 0], 1, [ctx.needs_input_grad[0], ctx.moves, ctx.bias_moves],
+        )  # fmt: skip
+        if ctx.moves:
+            sink.plain(layer.weight, ctx.weight, weight[None])
+        if ctx.bias_moves:
+            sink.plain(layer.bias, ctx.bias, bias[None])
+        return back, None, None
+
+
 class FusedConv2d(nn.Module):
     """`nn.Conv2d` (one group, zero padding) for merged rows, as unfold and a batched product."""
 
@@ -105,6 +132,9 @@ class FusedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (R·B, O, H', W') of x (R·B, C, H, W)."""
+        if self.rows.alone:
+            alone: Tensor = _ConvolveOne.apply(x, self.rows.token, self)  # type: ignore[no-untyped-call]
+            return alone
         pad = (int(self.padding[0]), int(self.padding[1]))
         height, width = (
             (x.shape[2 + i] + 2 * pad[i] - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i] + 1

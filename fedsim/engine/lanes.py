@@ -1,8 +1,7 @@
-"""Which way the clients of a task can be batched, found out by trying two rows."""
+"""Which way the clients of a task can be batched, found out by trying rows."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -13,15 +12,15 @@ from fedsim.engine.batches import Step
 from fedsim.engine.blame import batching, users_line
 from fedsim.engine.fused import convert
 from fedsim.engine.gradients import FusedGradient, GenericGradient, Gradient
-from fedsim.engine.model import Functional
+from fedsim.engine.model import Functional, sibling
 from fedsim.engine.situation import Situation
 from fedsim.engine.task import BUFFER, LOCAL, Task
 from fedsim.engine.unrolled import unrolled
 from fedsim.layout import Params
 
 
-def lanes(task: Task, kernels: str, count: int) -> list[Gradient]:
-    """Return `count` gradients that can run side by side.
+def lanes(task: Task, kernels: str, count: int, chunk: int) -> list[Gradient]:
+    """Return `count` gradients that can run side by side, each on up to `chunk` rows.
 
     Raises:
         ValueError: the task cannot be batched that way.
@@ -36,36 +35,42 @@ def lanes(task: Task, kernels: str, count: int) -> list[Gradient]:
     mixes = mixes_samples(task)
     # A copy each: `functional_call` swaps parameters in the module it runs. First of all, for a merged forward would
     # pass over a branch on a tensor's value, which `vmap` refuses.
-    copies = (unrolled(copy.deepcopy(task.module)) for _ in range(count))
-    generic = [GenericGradient(task, module, mixes_samples=mixes) for module in copies]
-    _same_logits(task, generic[0])
-    losses = _try_loss(task, generic[0])
+    copies = (unrolled(sibling(task.module)) for _ in range(count))
+    generic = [GenericGradient(task, module, mixes_samples=mixes, alone=chunk == 1) for module in copies]
+    rows = min(2, chunk)
+    _same_logits(task, generic[0], rows)
+    losses = _try_loss(task, generic[0], rows)
     if kernels != "generic" and not generic[0].whole:
-        fused = [_fused(task) for _ in range(count)]
-        if fused[0] is not None and _same_logits(task, fused[0]) and _same_losses(task, fused[0], losses):
+        fused = [_fused(task, alone=chunk == 1) for _ in range(count)]
+        if fused[0] is not None and _same_logits(task, fused[0], rows) and _same_losses(task, fused[0], losses, rows):
             return [gradient for gradient in fused if gradient is not None]
     if kernels == "fused":
         raise ValueError("kernels=fused: a layer has no fused kernel, or the objective has a loss of its own")
     return list(generic)
 
 
-def _fused(task: Task) -> FusedGradient | None:
+def _fused(task: Task, *, alone: bool) -> FusedGradient | None:
     """Return a gradient by fused kernels; None where a layer has none, or the merged forward does not run."""
     pair = convert(task.module)
+    if pair is not None:
+        pair[1].alone = alone
     try:
         return None if pair is None else FusedGradient(task, *pair)
     except Exception:  # it runs by itself; so it reads what fused layers do not have
         return None
 
 
-def _two_rows(task: Task) -> tuple[Params, Tensor]:
-    """Return two rows of unlike weights and two samples for each: enough to tell whether rows stay apart."""
+def _rows(task: Task, rows: int) -> tuple[Params, Tensor]:
+    """Return one or two rows of unlike weights, two samples for each: enough to tell whether rows stay apart."""
     own = dict(task.module.named_parameters())
     names = (*task.shared.names, *task.local.names)
-    params = {name: torch.stack([own[name].detach(), 1.5 * own[name].detach() + 0.1]) for name in names}
+    params = {}
+    for name in names:
+        value = own[name].detach()
+        params[name] = torch.stack([value, 1.5 * value + 0.1][:rows])
     size = min(2, len(task.x) // 2)
-    x = task.x[: 2 * size]
-    return params, x.view(2, size, *x.shape[1:])
+    x = task.x[: rows * size]
+    return params, x.view(rows, size, *x.shape[1:])
 
 
 @torch.no_grad()
@@ -78,7 +83,7 @@ def mixes_samples(task: Task) -> bool:
 
 
 @torch.no_grad()
-def _same_logits(task: Task, gradient: Gradient) -> bool:
+def _same_logits(task: Task, gradient: Gradient, rows: int) -> bool:
     """Say whether rows trained together see what each would see alone.
 
     A forward that mixes samples, or reads weights behind the layers' backs, is no fused one.
@@ -87,11 +92,11 @@ def _same_logits(task: Task, gradient: Gradient) -> bool:
         ValueError: rows cannot be batched at all; the message names the line of the model that is in the way.
 
     """
-    params, x = _two_rows(task)
+    params, x = _rows(task, rows)
     task.module.eval()
     try:
         model = Functional(task.module)
-        alone = torch.stack([model({n: p[k] for n, p in params.items()}, x[k]) for k in (0, 1)])
+        alone = torch.stack([model({n: p[k] for n, p in params.items()}, x[k]) for k in range(rows)])
         try:
             together = gradient.logits(params, x)
         except Exception as error:
@@ -103,10 +108,10 @@ def _same_logits(task: Task, gradient: Gradient) -> bool:
     return bool(torch.allclose(alone, together, rtol=1e-3, atol=1e-4 * float(alone.abs().max())))
 
 
-def _same_losses(task: Task, gradient: FusedGradient, losses: Tensor | None) -> bool:
+def _same_losses(task: Task, gradient: FusedGradient, losses: Tensor | None, rows: int) -> bool:
     """Say whether a criterion of merged rows returns each row's own loss; None: nobody knows what those are."""
     try:
-        merged = _try_loss(task, gradient)
+        merged = _try_loss(task, gradient, rows)
     except Exception:  # it runs by rows
         return False
     if merged is None or losses is None:
@@ -115,25 +120,25 @@ def _same_losses(task: Task, gradient: FusedGradient, losses: Tensor | None) -> 
     return near and bool(torch.allclose(merged, losses, rtol=1e-3, atol=1e-4 * float(losses.abs().max())))
 
 
-def _try_loss(task: Task, gradient: Gradient) -> Tensor | None:
-    """Differentiate two rows' loss once, in training; return it (2,), or None where it reads what is not known yet.
+def _try_loss(task: Task, gradient: Gradient, rows: int) -> Tensor | None:
+    """Differentiate the rows' loss once, in training; return it (rows,), or None where it reads what is not known yet.
 
     Raises:
         ValueError: the objective asks for a tensor's value, which no batched program has.
 
     """
-    params, x = _two_rows(task)
+    params, x = _rows(task, rows)
     size = x.shape[1]
-    samples = torch.arange(2 * size, device=task.device).view(2, size)
-    weights = torch.full((2, size), 1 / size, dtype=task.dtype, device=task.device)
-    step = Step(0, samples, samples, weights, weights.sum(1) * size, np.full(2, size))
+    samples = torch.arange(rows * size, device=task.device).view(rows, size)
+    weights = torch.full((rows, size), 1 / size, dtype=task.dtype, device=task.device)
+    step = Step(0, samples, samples, weights, weights.sum(1) * size, np.full(rows, size))
     own = {name: value for name, value in task.store.first.items() if not name.startswith((LOCAL, BUFFER))}
-    keys = torch.zeros(2, dtype=torch.int64, device=task.device)
+    keys = torch.zeros(rows, dtype=torch.int64, device=task.device)
     stacked: dict[str, Any] = {
         "received": {name: params[name] for name in task.shared.names},
-        "client_state": {name: torch.stack([value, value]).to(task.device) for name, value in own.items()},
-        "num_steps": torch.ones(2, dtype=torch.int64, device=task.device),
-        "num_samples": torch.full((2,), size, device=task.device),
+        "client_state": {name: torch.stack([value] * rows).to(task.device) for name, value in own.items()},
+        "num_steps": torch.ones(rows, dtype=torch.int64, device=task.device),
+        "num_samples": torch.full((rows,), size, device=task.device),
         "key": keys,
     }
     moving = () if gradient.fused else (*task.shared.names, *task.local.names)  # fused kernels would move them at once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,3 +73,8 @@ def _tensor(value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"a model must return logits (B, C), got {type(value).__name__}")
     return value
+
+
+def sibling(module: nn.Module) -> nn.Module:
+    """Return a copy of a module that has the very same parameters: for whoever swaps them, or only looks."""
+    return copy.deepcopy(module, {id(p): p for p in module.parameters()})

@@ -84,6 +84,7 @@ class Rows:
 
     def __init__(self) -> None:
         self.count = 0
+        self.alone = False  # whether there is never more than one
         self.params: Params = {}  # name → (R, *shape)
         self.fixed: Params = {}  # frozen parameters, (*shape)
         self.moves: frozenset[str] = frozenset()  # names among them that take steps

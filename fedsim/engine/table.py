@@ -11,7 +11,6 @@ less together, and what matters here are their ratios. Nothing is timed in a run
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.engine.fused import convert
+from fedsim.engine.model import sibling
 from fedsim.engine.record import Watch
 from fedsim.engine.recurrent import Steps
 from fedsim.engine.stepping import place
@@ -83,7 +83,7 @@ def shapes(task: Task, cohort: int, threads: int) -> Shapes:
         both.backward(module, task.x[:2])
     operations, unrolled_operations = max(1, count.operations), None
     if any(map(plain_recurrent, task.module.modules())):  # which torch runs as one operation
-        with contextlib.suppress(Exception), _evaluating(unrolled(copy.deepcopy(task.module))) as module:
+        with contextlib.suppress(Exception), _evaluating(unrolled(sibling(task.module))) as module:
             products = _Counter(dict(module.named_parameters()))
             products.forward(module, task.x[:2])  # a model that asks what its layers are: engines will say so
             count, unrolled_operations = products, products.operations

@@ -60,7 +60,7 @@ class Vectorized:
         self.block_rows: int | None = max(self.chunk, min(4 * self.chunk, BLOCK_ENTRIES // size))
         self._threads = (threads or torch.get_num_threads()) if kind == "cpu" else 1
         self._lanes: SimpleQueue[Any] = SimpleQueue()
-        for lane in lanes(task, kernels, self._threads):
+        for lane in lanes(task, kernels, self._threads, self.chunk):
             self._lanes.put(lane)
             fused = lane.fused
         on_host = f"CUDA graphs are for CUDA devices, and device is {task.device.type}"
@@ -75,6 +75,20 @@ class Vectorized:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(wait=True)
+
+    def room(self, count: int) -> Tensor:
+        """Return (count, D) for updates.
+
+        Where one is enough the model is large: the module's own shared parameters, whose values nobody reads while an
+        engine trains, lie in it.
+        """
+        task = self.task
+        rows = torch.empty(count, task.shared.size, dtype=task.dtype, device=task.device)
+        if count == 1:
+            own = dict(task.module.named_parameters())
+            for name, view in task.shared.split(rows[0]).items():
+                own[name].data = view.copy_(own[name].detach())
+        return rows
 
     def train(self, job: Job, out: Tensor) -> Block:
         """Train the rows of a job and write their updates w_k − w_received into out (K, D)."""
