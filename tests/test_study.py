@@ -1,6 +1,7 @@
 """Experiments: verdicts against simulated truths and hand cases, and a whole one at toy size."""
 
 import json
+import math
 import re
 
 import numpy as np
@@ -329,6 +330,25 @@ def test_bytes_until_a_target_go_on_after_a_round_in_which_nobody_arrived(tmp_pa
     study = Study(claims=[CLAIM], arms=ARMS, target=0.8, along="bytes_up")
     assert figure(study, tmp_path, row) == 12
     assert figure(Study(claims=[CLAIM], arms=ARMS, metric="train_loss"), tmp_path, row) == 1
+
+
+def test_on_a_logarithmic_scale_a_tenth_is_a_tenth_whatever_the_seed(tmp_path):
+    """Losses 1 and 100 that one arm halves: ln 2 in both seeds, where their difference would be the second's."""
+    study = Study(claims=[CLAIM], arms=ARMS, metric="loss", better="lower", scale="log")
+    runs = [
+        [figure(study, tmp_path, written(tmp_path, loss, [{"round": 1, "loss": loss}])) for loss in each]
+        for each in ((0.5, 50.0), (1.0, 100.0))
+    ]
+    found = verdict.effect("all", ("a", "b"), (runs[0], runs[1]), sign=study.sign, smallest=0.05)
+    assert (found.test.mean, found.test.half) == pytest.approx((math.log(2), 0), abs=1e-9)
+    with pytest.raises(UserError, match="to be > 0, got 0"):
+        figure(study, tmp_path, written(tmp_path, 0, [{"round": 1, "loss": 0.0}]))
+    means = {("all", arm): float(np.mean(figures)) for arm, figures in zip("abc", (*runs, runs[0]), strict=True)}
+    text = page.section("toy", study, page.Findings([], {}, means, dict.fromkeys(means, 0)), [], [])
+    assert "Compared: ln loss" in text
+    assert "| geometric mean | all |" in text
+    assert "| a | 5 |" in text
+    assert "| b | 10 |" in text
 
 
 def test_a_wrong_word_is_found_before_anything_runs(toys, tmp_path):

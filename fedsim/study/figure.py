@@ -13,7 +13,21 @@ from fedsim.study.spec import Study
 
 
 def figure(study: Study, folder: Path, row: Mapping[str, Any]) -> float:
-    """Return what is compared of one run: the worst value, ±∞, where its metric is not finite."""
+    """Return what is compared of one run: the worst value, ±∞, where its metric is not finite.
+
+    Raises:
+        UserError: runs have no such column, or one on a logarithmic scale is not above 0.
+
+    """
+    value = _figure(study, folder, row)
+    if study.scale == "linear" or math.isinf(value):
+        return value
+    if not value > 0:
+        raise UserError(f"scale: a logarithm needs what is compared to be > 0, got {value:g} in {row['trial']}")
+    return math.log(value)
+
+
+def _figure(study: Study, folder: Path, row: Mapping[str, Any]) -> float:
     lines = (folder / row["trial"] / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
     rounds = [json.loads(line) for line in lines]
     if study.target is None:

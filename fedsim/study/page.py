@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -47,6 +48,7 @@ def section(
     """Return the Markdown of an experiment."""
     ran = merged(study.base, [word for word in changed if not word.startswith("experiment.")])
     unit = study.metric if study.target is None else f"{study.along} until {study.metric} reaches {study.target:g}"
+    unit = f"ln {unit}" if study.scale == "log" else unit
     lines = [f"## `{name}`", ""]
     if changed:
         lines += [f"**Not the experiment as written: {', '.join(f'`{word}`' for word in changed)}.**", ""]
@@ -116,16 +118,18 @@ def _checks(found: Findings) -> list[str]:
 
 def _means(study: Study, found: Findings) -> str:
     cells = list(dict.fromkeys(cell for cell, _ in found.means))
-    rows = [f"| arm | {' | '.join(cells)} |", "|---" * (len(cells) + 1) + "|"]
+    mean = "geometric mean" if study.scale == "log" else "arm"
+    rows = [f"| {mean} | {' | '.join(cells)} |", "|---" * (len(cells) + 1) + "|"]
     rows += [f"| {arm} | {' | '.join(_mean(study, found, (cell, arm)) for cell in cells)} |" for arm in study.methods]
     return "\n".join(rows)
 
 
 def _mean(study: Study, found: Findings, key: tuple[str, str]) -> str:
     count = found.diverged[key]
+    mean = math.exp(found.means[key]) if study.scale == "log" else found.means[key]
     if not count:
-        return f"{found.means[key]:.4g}"
-    return f"{found.means[key]:.4g}, {count} of {study.seeds} diverged" if count < study.seeds else "diverged"
+        return f"{mean:.4g}"
+    return f"{mean:.4g}, {count} of {study.seeds} diverged" if count < study.seeds else "diverged"
 
 
 def tree(found: Findings, chosen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

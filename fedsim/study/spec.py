@@ -65,6 +65,8 @@ class Study:
             a run that never does counts as its end.
         along: "round" or another column that grows, "simulated_seconds", "bytes_up".
         better: "higher" or "lower" metric.
+        scale: "linear", or "log" to compare natural logarithms, of figures > 0 that differ by factors: a difference of
+            0.05 is then a twentieth.
         smallest: the smallest difference > 0 that matters, in units of what is compared.
         seeds: runs of each arm and cell, paired by partition, initial model and cohorts, ≥ 2.
         tuning_seeds: of the search, which reads validation data alone; none of them is among `seeds`, ≥ 1.
@@ -85,6 +87,7 @@ class Study:
     target: float | None = None
     along: str = "round"
     better: Literal["higher", "lower"] = "higher"
+    scale: Literal["linear", "log"] = "linear"
     smallest: float = 0.01
     seeds: int = 10
     tuning_seeds: int = 3
