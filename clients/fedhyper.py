@@ -27,6 +27,7 @@ from fedsim.linalg import dot
 NORMALIZE = ("none", "cosine")
 RECURRENCES = ("additive", "multiplicative")
 _LAST, _POSITION = "hyper_last", "hyper_position"  # of the step state
+FEW = 1 << 12  # entries of a tensor whose product with another costs less than to ask for it
 GROWTH = 1.1  # bound of the released code on what one step may multiply m by
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"recurrence": "additive", "global_weight": 1.0},
@@ -92,45 +93,44 @@ class FedHyper:
         names = [name for name in grads if name in context.layout.slices]
         if not names:  # a phase that moves personal parameters alone
             return grads, state
-        move = self._additive if self.recurrence == "additive" else self._multiplicative
-        source = grads if self.recurrence == "additive" else params
-        return grads, {**state, **move({name: source[name] for name in names}, context)}
+        if self.recurrence == "additive":
+            return grads, {**state, **self._additive(_parts([grads[name] for name in names]), names, context)}
+        return grads, {**state, **self._multiplicative(_parts([params[name] for name in names]), names, context)}
 
     def finish(self, params: Params, context: Context) -> tuple[Mapping[str, Tensor], dict[str, Tensor], Any]:
         """Return what the objective returns, and upload the last step's m as `lr_scale`."""
         inner = getattr(self.objective, "finish", None)
         state, extras, weight = inner(params, context) if inner else ({}, {}, None)
-        scale = context.step_state.get("lr_scale", next(iter(params.values())).new_ones(()))
-        return state, {**extras, "lr_scale": scale}, weight
+        return state, {**extras, "lr_scale": _scale(next(iter(params.values())), context)}, weight
 
-    def _additive(self, grad: Params, context: Context) -> dict[str, Tensor]:
-        scale = _scale(grad, context)
+    def _additive(self, grad: list[Tensor], names: list[str], context: Context) -> dict[str, Tensor]:
+        scale = _scale(grad[0], context)
         if context.step:
-            flat = _flat(grad)
-            h = self._product(flat, _flat(_recalled(_LAST, grad, context))) - self._to_server(flat, context)
-            scale = (scale + self.kappa * h).clamp(self.min_rate, self.max_rate)
+            flat = [part.flatten() for part in grad]  # once for two products
+            h = self._product(flat, _recalled(_LAST, grad, context)) - self._to_server(flat, names, context)
+            scale = torch.add(scale, h, alpha=self.kappa).clamp(self.min_rate, self.max_rate)
         return {"lr_scale": scale, **_stored(_LAST, grad)}
 
-    def _multiplicative(self, position: Params, context: Context) -> dict[str, Tensor]:
-        scale = _scale(position, context)
-        step = _flat({name: torch.zeros_like(value) for name, value in position.items()})
+    def _multiplicative(self, position: list[Tensor], names: list[str], context: Context) -> dict[str, Tensor]:
+        scale = _scale(position[0], context)
+        step = [torch.zeros_like(part) for part in position]
         if context.step > 1:
             left = _recalled(_POSITION, position, context)
-            step = _flat({name: value - left[name] for name, value in position.items()})
-            before = _sent(step, context) if context.step == 2 else _recalled(_LAST, step, context)
-            h = self._to_server(step, context) + (self._product(step, before) if before else 0.0)
+            step = [part - before for part, before in zip(position, left, strict=True)]
+            before = _sent(names, context) if context.step == 2 else _recalled(_LAST, step, context)
+            h = self._to_server(step, names, context) + (self._product(step, before) if before else 0.0)
             scale = (scale * (1 + self.kappa * h).clamp(max=GROWTH)).clamp(self.min_rate, self.max_rate)
         return {"lr_scale": scale, **_stored(_LAST, step), **_stored(_POSITION, position)}
 
-    def _to_server(self, x: Params, context: Context) -> Tensor:
+    def _to_server(self, x: list[Tensor], names: list[str], context: Context) -> Tensor:
         """Return (c/K) ⟨x, Δ⟩."""
-        sent = _sent(x, context)
+        sent = _sent(names, context)
         if not sent or not self.global_weight:
-            return next(iter(x.values())).new_zeros(())
+            return x[0].new_zeros(())
         share: Tensor = self._product(x, sent) * (self.global_weight / context.broadcast["num_participants"])
         return share
 
-    def _product(self, a: Params, b: Params) -> Tensor:
+    def _product(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
         product = _dot(a, b)  # ()
         if self.normalize == "none":
             return product
@@ -138,34 +138,37 @@ class FedHyper:
         return torch.where(norms > 0, product / norms, 0.0)
 
 
-def _flat(values: Params) -> Params:
-    return {name: value.flatten() for name, value in values.items()}
+def _parts(values: list[Tensor]) -> list[Tensor]:
+    """Return tensors of many entries, and those of few as one vector; all as one would copy the model."""
+    few = [value.flatten() for value in values if value.numel() <= FEW]
+    many = [value for value in values if value.numel() > FEW]
+    return [*many, torch.cat(few)] if len(few) > 1 else [*many, *few]
 
 
-def _dot(a: Params, b: Params) -> Tensor:
-    """Return ⟨a, b⟩ () of flat parts, one by one: one flat vector would be another copy of the model in every step."""
-    first, *others = (dot(value, b[name]) for name, value in a.items())
+def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """Return ⟨a, b⟩ () of parts, one by one: one flat vector would be another copy of the model in every step."""
+    first, *others = map(dot, a, b)
     return sum(others, first)
 
 
-def _scale(like: Params, context: Context) -> Tensor:
+def _scale(like: Tensor, context: Context) -> Tensor:
     """Return m () of the last step, 1 before the first."""
-    scale: Tensor = context.step_state.get("lr_scale", next(iter(like.values())).new_ones(()))
-    return scale
+    scale: Tensor | None = context.step_state.get("lr_scale")
+    return like.new_ones(()) if scale is None else scale
 
 
-def _stored(name: str, values: Params) -> Params:
-    return {f"{name}.{key}": value for key, value in values.items()}
+def _stored(name: str, values: list[Tensor]) -> Params:
+    return {f"{name}.{k}": value for k, value in enumerate(values)}
 
 
-def _recalled(name: str, like: Params, context: Context) -> Params:
-    return {key: context.step_state[f"{name}.{key}"] for key in like}
+def _recalled(name: str, like: list[Tensor], context: Context) -> list[Tensor]:
+    return [context.step_state[f"{name}.{k}"] for k in range(len(like))]
 
 
-def _sent(like: Params, context: Context) -> Params:
-    """Return the parts of Δ, flat, that belong to the names of `like`; nothing if the server sends none."""
+def _sent(names: list[str], context: Context) -> list[Tensor]:
+    """Return the parts of Δ, flat, that belong to some names; nothing if the server sends none."""
     previous = context.broadcast.get("previous")
     if previous is None:
-        return {}
-    parts = zip(context.layout.names, previous.split_with_sizes(context.layout.sizes, -1), strict=True)
-    return {name: value for name, value in parts if name in like}
+        return []
+    parts = dict(zip(context.layout.names, previous.split_with_sizes(context.layout.sizes, -1), strict=True))
+    return _parts([parts[name] for name in names])

@@ -231,7 +231,7 @@ class _Dot(torch.autograd.Function):
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Return ⟨a, b⟩ () of two tensors of one shape; as fast under `torch.func.vmap` as alone."""
     if not torch._C._are_functorch_transforms_active():  # `apply` costs more than a layer's product
-        return torch.dot(a.flatten(), b.flatten())
+        return torch.dot(a, b) if a.dim() == b.dim() == 1 else torch.dot(a.flatten(), b.flatten())
     product: Tensor = _Dot.apply(a.flatten(), b.flatten())  # type: ignore[no-untyped-call]
     return product
 

@@ -21,7 +21,7 @@ from fedsim.engine.record import record
 from fedsim.engine.rounds import Trainer
 from fedsim.engine.sequential import Sequential
 from fedsim.engine.store import ClientStore
-from fedsim.engine.task import Job, Task
+from fedsim.engine.task import Job, Task, Weighed
 from fedsim.layout import Layout
 from fedsim.local import LocalTraining
 
@@ -118,6 +118,42 @@ def test_rows_summed_as_they_end_are_the_weighted_sum_of_the_rows(capture):
     again = torch.ones_like(total)
     capture(make_task(), threads=3).train_sum(job, c, again)
     assert torch.equal(again, total)
+
+
+@dataclass(frozen=True)
+class Reporting(CrossEntropy):
+    """Sends the number of its steps, or says that it weighs as many."""
+
+    weighs: bool = False
+
+    def finish(self, params, context):
+        steps = torch.as_tensor(context.num_steps, dtype=torch.float64)
+        return {}, {"steps": steps}, steps if self.weighs else None
+
+
+@pytest.mark.parametrize("engine", [Captured, Sequential])
+@pytest.mark.parametrize("weighs", [False, True])
+def test_rows_that_send_more_are_summed_as_they_end_unless_they_say_what_they_weigh(capture, engine, weighs):
+    job, seen = make_job(make_task()), []
+
+    def start():
+        task = make_task(objective=Reporting(weighs))
+        return capture(task) if engine is Captured else Sequential(task)
+
+    held, _ = Trainer(start()).collect(job)
+    running = start()
+    trainer, summed = Trainer(running), running.train_sum
+    running.train_sum = lambda *given: [seen.append(1), summed(*given)][1]
+    for _ in range(2):
+        cohort, _ = trainer.stream(job, lambda cohort: cohort.weights)
+        share = (held.weights / held.weights.sum()).double()
+        torch.testing.assert_close(cohort.streamed.mean, share @ held.rows, rtol=0, atol=1e-12)
+        assert torch.equal(cohort.extras["steps"], held.extras["steps"])
+        assert torch.equal(cohort.weights, held.weights)
+    assert len(seen) == (1 if weighs else 2)  # who weighs itself is not asked again
+    if weighs:
+        with pytest.raises(Weighed):
+            summed(job, torch.ones(len(job), dtype=torch.float64), torch.zeros_like(held.rows[0]))
 
 
 def test_a_row_that_is_not_finite_is_in_no_sum(capture):

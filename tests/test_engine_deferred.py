@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedsim.clients import fedhyper
 from fedsim.clients.cross_entropy import CrossEntropy
 from fedsim.clients.fedhyper import FedHyper
 from fedsim.contracts import Partition
@@ -112,7 +113,9 @@ def told(task):
 
 
 @pytest.mark.parametrize("arguments", [{}, {"normalize": "cosine"}, {"preset": "reference"}], ids=str)
-def test_a_rate_that_follows_inner_products_of_gradients_is_the_same_from_their_factors(arguments):
+def test_a_rate_that_follows_inner_products_of_gradients_is_the_same_from_their_factors(arguments, monkeypatch):
+    monkeypatch.setattr(fedhyper, "FEW", IN)  # the layer is not one of a few entries
+
     def task():
         objective = FedHyper(kappa=0.5, **arguments)
         fresh = make_task(objective=objective)
@@ -130,6 +133,7 @@ def test_a_rate_that_follows_inner_products_of_gradients_is_the_same_from_their_
         assert play.factors, "no gradient was handed on as its factors"
         assert None not in deferrals(engine)
         assert any(program.others for program in play.programs.values())
+        assert {program.crossed for kind, program in play.programs.items() if kind.turn} == {0}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from fedsim.engine.lanes import mixes_samples
 from fedsim.engine.native import Lane, Steps
 from fedsim.engine.play import Play
 from fedsim.engine.step import Step
-from fedsim.engine.task import LOCAL, Block, Job, Task, local_round, room, row_keys
+from fedsim.engine.task import LOCAL, Block, Job, Task, Weighed, local_round, room, row_keys
 from fedsim.errors import UserError
 from fedsim.local import Int64
 
@@ -84,6 +84,9 @@ class Captured:
             coefficients: (K,) c_k.
             total: (D,), added to.
 
+        Raises:
+            Weighed: clients say what they weigh.
+
         """
         return self._begin(self.task, job, None, (coefficients.tolist(), total), here=self._alone())()
 
@@ -110,7 +113,7 @@ class Captured:
     ) -> Callable[[], Block]:
         step, order = self.step, local_round(task, job, 0, task.phases[0])
         block = room(task, job, order.num_steps)
-        play, starts, common = self._versions(job)
+        play, starts, common = self._versions(job, summed=summed is not None)
         corrections = step.corrections(job.lr, int(order.num_steps.max(initial=0)))
         kept = [block.state[LOCAL + name] for name in task.local.names]
         own = self._own(task, job, order.num_steps, block)
@@ -165,7 +168,7 @@ class Captured:
         except IndexError:
             return torch.zeros_like(like)
 
-    def _versions(self, job: Job) -> tuple[Play, list[Tensor], list[list[Tensor]]]:
+    def _versions(self, job: Job, *, summed: bool) -> tuple[Play, list[Tensor], list[list[Tensor]]]:
         """Return the programs of a job, and of each version its weights and what its clients share."""
         step, versions = self.step, sorted(set(job.received.tolist()))
         step.start_from(job.models[versions[0]])
@@ -177,6 +180,8 @@ class Captured:
             play = self._play(told[0], pulled=any(pulls))
         except ValueError as error:
             raise UserError(f"engine=vectorized: {error}; engine=sequential runs it") from error
+        if summed and any(name == "weight" for name, _ in play.leaves):
+            raise Weighed
         starts = [job.models[version] for version in versions]
         common = [
             step.common(start, mu, job.lr, sent, pulled=any(pulls))

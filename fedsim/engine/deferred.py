@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fedsim.engine.operations import Op, Ref, aten, bases, read
@@ -92,6 +93,37 @@ def met(ops: list[Op], once: list[Op], samples: int, given: int) -> tuple[list[O
             op = _given(op, product)
         left.append(op)
     return left, others
+
+
+def sampled(ops: list[Op], values: Sequence[Ref], samples: int) -> frozenset[int]:
+    """Return the places among some values of a step of those that are its samples, as a matrix."""
+    flat = {samples} if any(value.number == samples and len(value.shape) == 2 for value in values) else set()
+    return frozenset(k for k, value in enumerate(values) if value.number in _matrices(ops, samples) | flat)
+
+
+def crossed(ops: list[Op], samples: int, before: set[int], given: int) -> tuple[list[Op], int | None]:
+    """Let a step be given its samples' product with those of the step before.
+
+    Args:
+        ops: of a step.
+        samples: number of the input that is the samples.
+        before: numbers of inputs that are the samples of the step before, as a matrix.
+        given: number of the input that is to be the product, after all others.
+
+    Returns:
+        What is left, and the number of the step before's samples; None where their product is not asked for.
+
+    """
+    matrices = _matrices(ops, samples)
+    turned = {op.outs[0]: op.args[0].number for op in ops if op.function is aten.t.default}
+    left, found = [], None
+    for op in ops:
+        x, z = op.args if op.function is aten.mm.default else (None, None)
+        if isinstance(x, Ref) and x.number in matrices and turned.get(z.number) in before:
+            found = turned[z.number]
+            op = _given(op, Ref(given, (x.shape[0], z.shape[1]), x.dtype))
+        left.append(op)
+    return left, found
 
 
 def _given(op: Op, product: Ref) -> Op:

@@ -1,7 +1,7 @@
 """Gradients of dense layers as the two factors that they are products of, where a step never needs their entries.
 
 The gradient of a layer's weight (out, in) is DᵀX, D (b, out) and X (b, in) of few rows. Then
-    ⟨DᵀX, EᵀZ⟩ = ⟨XZᵀ, DEᵀ⟩,    ⟨DᵀX, M⟩ = ⟨D, XMᵀ⟩    and    W − ρ DᵀX = W − (ρD)ᵀX,
+    ⟨DᵀX, EᵀZ⟩ = ⟨D, (XZᵀ)E⟩,    ⟨DᵀX, M⟩ = ⟨D, XMᵀ⟩    and    W − ρ DᵀX = W − (ρD)ᵀX,
 and a step state that is such a gradient is handed on as D and X.
 """
 
@@ -25,7 +25,10 @@ class Pair(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Which inputs and results of a program are D instead of DᵀX, with X after all inputs, and after all results."""
+    """Which inputs and results of a program are D instead of DᵀX, with X after all inputs, and after all results.
+
+    An X may be the samples themselves, which lie where the next ones will: who hands it on keeps a copy until then.
+    """
 
     inputs: tuple[int, ...] = ()
     results: tuple[int, ...] = ()
@@ -47,6 +50,7 @@ class _Writer:
 
     def __init__(self, ops: list[Op], least: int) -> None:
         self.ops: list[Op] = []
+        self.flat: dict[int, Ref] = {}  # of matrices, as vectors
         self.count = max([least, *(number for op in ops for number in (*read(op), *op.outs) if number is not None)])
 
     def __call__(self, function: Any, *args: Any, shape: tuple[int, ...], out: int | None = None) -> Ref:
@@ -61,9 +65,11 @@ class _Writer:
         return self(aten.t.default, value, shape=value.shape[::-1])
 
     def inner(self, product: Ref, b: Ref, out: int | None) -> None:
-        """Write ⟨a, b⟩ of a product, which lies in one piece, and another matrix."""
+        """Write ⟨a, b⟩ of a product, which lies in one piece, and a matrix that nobody writes into."""
         a = self(aten.view.default, product, [-1], shape=(-1,))
-        self(aten.dot.default, a, self(aten.reshape.default, b, [-1], shape=(-1,)), shape=(), out=out)
+        if b.number not in self.flat:
+            self.flat[b.number] = self(aten.reshape.default, b, [-1], shape=(-1,))
+        self(aten.dot.default, a, self.flat[b.number], shape=(), out=out)
 
 
 def products(ops: list[Op], results: Sequence[Any]) -> set[int]:
@@ -123,7 +129,7 @@ def factored(ops: list[Op], results: list[Any], factors: Factors, given: int) ->
     for place in factors.results:
         d, x = pairs[results[place].number]
         results[place] = d
-        results.append(write(aten.clone.default, x, shape=x.shape))  # samples lie where the next ones will
+        results.append(x)
     return write.ops, results
 
 
@@ -136,9 +142,8 @@ def _dotted(write: _Writer, op: Op, pairs: Mapping[int | None, Pair], flat: Mapp
     other = flat.get(b.number, -1)
     if other in pairs:
         e, z = pairs[other]
-        samples = write(aten.mm.default, x, write.turned(z), shape=(x.shape[0], z.shape[0]))
-        errors = write(aten.mm.default, d, write.turned(e), shape=(d.shape[0], e.shape[0]))
-        write.inner(samples, errors, op.outs[0])
+        met = write(aten.mm.default, x, write.turned(z), shape=(x.shape[0], z.shape[0]))
+        write.inner(write(aten.mm.default, met, e, shape=d.shape), d, op.outs[0])
     else:
         matrix = write(aten.reshape.default, b, [d.shape[1], x.shape[1]], shape=(d.shape[1], x.shape[1]))
         write.inner(write(aten.mm.default, x, write.turned(matrix), shape=d.shape), d, op.outs[0])

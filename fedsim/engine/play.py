@@ -190,7 +190,7 @@ class Play:
         if new or self._loop is None:
             known = [*self.known, *new]
             programs = [self._program(kind) for kind in known]
-            if len({program.deferral for program in programs}) > 1:
+            if len({(program.deferral, program.seen) for program in programs}) > 1:
                 raise NotRecordable("batches of some sizes do other things than batches of others")
             self._loop, self.known = compiled(programs, [kind.padded for kind in known], self.ends), known
         steps.program = np.array([self.known.index(kind) for kind in kinds], dtype=np.int64)[steps.program]

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedsim.engine.deferred import Deferral, deferred, met
+from fedsim.engine.deferred import Deferral, crossed, deferred, met, sampled
 from fedsim.engine.factors import Factors, entries, factored, products
 from fedsim.engine.operations import Op, Ref, aten, each, read
-from fedsim.engine.rewrite import ahead, biases, early, into_place, live, without_aliases
+from fedsim.engine.rewrite import ahead, biases, early, into_place, live, ones, without_aliases
 
 _NAME = re.compile(r"\bv\d+\b")  # of a value
 
@@ -105,6 +105,8 @@ class Program(NamedTuple):
     deferral: Deferral | None = None
     factors: Factors = Factors()
     others: tuple[int, ...] = ()  # places in `ahead` of matrices whose products with the samples are inputs, after all
+    seen: frozenset[int] = frozenset()  # places among the X of factors of the samples themselves
+    crossed: int | None = None  # of them, at which the step before's are given; their product is the last input
     kept: frozenset[int] = frozenset()  # places among what is carried of gradients that could be factors
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
@@ -115,6 +117,7 @@ class Program(NamedTuple):
             return self.factors.joined(_run(self.body, given, self.constants, ahead))
         weight, x = inputs[self.deferral.weight], inputs[self.deferral.samples].flatten(1)
         given += [x @ weight.t(), *(x @ ahead[k] for k in self.others)]
+        given += [x @ given[len(inputs) + self.crossed].t()] if self.crossed is not None else []
         *results, rows = _run(self.body, given, self.constants, ahead)
         weight.addmm_(rows.t(), x, alpha=-1)
         return self.factors.joined(results)
@@ -172,10 +175,19 @@ def record(
         count += deferral is not None
     once, always = ahead(live(ops, results), results, fixed)
     others: list[int] = []
+    before, seen = None, frozenset[int]()
     if deferral is not None:
         always, others = met(always, once, deferral.samples, count)
+        count += len(others)
+        seen = sampled(always, results[len(results) - 1 - len(factors.results) : -1], deferral.samples)
+        handed = {len(inputs) + k for k in seen if factors.inputs}
+        always, before = crossed(always, deferral.samples, handed, count)
+        if before is not None:
+            before, count = before - len(inputs), count + 1
+    always, results = without_aliases(ones(always, results), results)
+    always = live(always, results)
     program = _written(once, always, results, count, others)
-    return program._replace(deferral=deferral, factors=factors, kept=kept)
+    return program._replace(deferral=deferral, factors=factors, kept=kept, crossed=before, seen=seen)
 
 
 def _written(once: list[Op], always: list[Op], results: list[Any], count: int, others: list[int]) -> Program:
@@ -184,7 +196,6 @@ def _written(once: list[Op], always: list[Op], results: list[Any], count: int, o
     wanted = {number for op in always for number in read(op)}
     wanted |= {result.number for result in results if isinstance(result, Ref)}
     handed = [number for op in once for number in op.outs if number in wanted.union(others)]
-    count += len(others)
     names = {number: f"inputs[{number}]" for number in range(count)}
 
     def text(value: Any) -> str:

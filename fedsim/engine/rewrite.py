@@ -139,6 +139,21 @@ def biases(ops: list[Op]) -> list[Op]:
     return fused
 
 
+def ones(ops: list[Op], results: list[Any]) -> list[Op]:
+    """Let what is made of ones, and neither written into nor handed on, be a constant."""
+    base = bases(ops)
+    used = {base.get(op.args[0].number, op.args[0].number) for op in ops if op.function._schema.is_mutable}
+    used |= {base.get(result.number, result.number) for result in results if isinstance(result, Ref)}
+    made = {op.outs[0]: op.args[0] for op in ops if op.function is aten.ones_like.default and op.outs[0] not in used}
+    known = {number: torch.ones(like.shape, dtype=like.dtype) for number, like in made.items()}
+
+    def constant(value: Any) -> Any:
+        return known.get(value.number, value) if isinstance(value, Ref) else value
+
+    left = [op for op in ops if op.function is not aten.ones_like.default or op.outs[0] not in made]
+    return [op._replace(args=each(constant, op.args), kwargs=each(constant, op.kwargs)) for op in left]
+
+
 def _subtracts(op: Op) -> bool:
     return op.function is aten.sub_.Tensor and isinstance(op.args[1], Ref) and op.alike and not op.kwargs
 

@@ -19,7 +19,7 @@ from fedsim.engine.blocks import concatenate, merge, select
 from fedsim.engine.halving import Change, Halving
 from fedsim.engine.hosted import Hosted
 from fedsim.engine.pool import WorkersLost
-from fedsim.engine.task import Block, Engine, Job, num_steps, room
+from fedsim.engine.task import Block, Engine, Job, Weighed, num_steps, room
 from fedsim.errors import ClientError, UserError
 from fedsim.linalg import finite_rows
 from fedsim.local import Int64
@@ -82,6 +82,7 @@ class Trainer:
         self.failures: dict[int, str] = {}  # client of the last job that raised → what
         self.seconds = 0.0  # spent in the engine since the trainer was made
         self.halving = Halving(engine, block or block_rows(engine), [] if changes is None else changes)
+        self._weighed = False  # whether a client has said what it weighs
         self._rows = torch.empty(0, self.task.shared.size, dtype=self.task.dtype, device=self.task.device)
 
     def buffer(self, count: int) -> Tensor:
@@ -215,7 +216,9 @@ class Trainer:
         """
         train_sum = getattr(self.engine, "train_sum", None)
         plain = apart.settled(job)
-        if train_sum is None or plain is None or hasattr(self.task.objective, "finish"):  # which may weigh its client
+        # Blocks bound what clients that keep a state leave at once.
+        keeps = self.task.stateful and hasattr(self.task.objective, "finish")
+        if train_sum is None or plain is None or keeps or self._weighed:
             return None
         ahead = room(self.task, job, num_steps(self.task, job))._replace(extras=Unforeseen())
         try:
@@ -227,7 +230,8 @@ class Trainer:
             block = train_sum(plain, c, total)
         except (torch.OutOfMemoryError, UserError, WorkersLost):
             raise
-        except Exception:
+        except Exception as error:
+            self._weighed = isinstance(error, Weighed)
             total.zero_()
             return None
         finally:

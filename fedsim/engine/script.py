@@ -30,7 +30,9 @@ def compiled(programs: Sequence[Program], padded: Sequence[bool], ends: Sequence
     deferral = programs[0].deferral
     late = -1 if deferral is None else deferral.weight
     others = [list(program.others) for program in every]
-    return lambda *given: unit.loop(*given, list(padded), lasts, late, others, constants)
+    handed = len(programs[0].factors.results)
+    crosses = [-1 if program.crossed is None else program.crossed for program in every]
+    return lambda *given: unit.loop(*given, list(padded), lasts, late, others, handed, crosses, constants)
 
 
 def _choice(name: str, bodies: Sequence[str]) -> str:
@@ -53,7 +55,8 @@ def loop(
     flat: Tensor, params: List[Tensor], slots: List[Tensor], apart: List[Tensor], apart_views: List[Tensor],
     local: List[Tensor], kept: List[Tensor], own: List[Tensor], left: List[Tensor],
     out: Optional[Tensor], total: Tensor, shares: List[float], norms: Tensor, losses: Tensor,
-    padded: List[bool], lasts: List[int], late: int, others: List[List[int]], constants: List[List[Tensor]]
+    padded: List[bool], lasts: List[int], late: int, others: List[List[int]], handed: int,
+    crosses: List[int], constants: List[List[Tensor]]
 ):
     given: List[Tensor] = []
     s = 0
@@ -133,6 +136,14 @@ def loop(
                             begins[which] = at
                         for other in firsts[which]:
                             inputs.append(other.narrow(0, at - begins[which], size))
+                    if crosses[which] >= 0:
+                        if at > 0:
+                            before = length[s - 1]
+                            each = met.narrow(0, met.size(0) - count + at, size)
+                            inputs.append(each.narrow(1, at - before, before))
+                        else:
+                            left_over = carried[len(carried) - handed + crosses[which]]
+                            inputs.append(torch.mm(matrix.narrow(0, 0, size), left_over.t()))
                 results = step(which, inputs, aheads[which], constants)
                 if late >= 0:
                     pending.narrow(0, at, size).copy_(results.pop())
@@ -143,6 +154,9 @@ def loop(
                 s = s + 1
             if late >= 0:
                 params[late].addmm_(pending.narrow(0, 0, count).t(), matrix, alpha=-1)
+            if k + 1 < gathers[i + 1]:
+                for j in range(len(carried) - handed, len(carried)):
+                    carried[j] = carried[j].clone()  # it may be of the samples that the next ones are written over
         if len(lasts) > 0:
             results = step(lasts[min(s - begun, len(lasts)) - 1], told + carried, [], constants)
             for j in range(len(left)):
@@ -166,4 +180,6 @@ def loop(
 """
 """Local rounds, client after client: from the version that each starts from, in the memory of one lane, by steps that
 were recorded, to its update: a row of `out`, or added to `total` with its share where there is no `out`. What else a
-client leaves goes to its rows of `left`. A weight that steps defer is that of number `late`; none: −1."""
+client leaves goes to its rows of `left`. A weight that steps defer is that of number `late`; none: −1. The last
+`handed` of what is carried are factors; `crosses` says which of them is the samples of the step before, where a program
+asks for their product with its own; none: −1."""

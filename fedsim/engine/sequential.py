@@ -12,7 +12,7 @@ from fedsim.contracts import Batch, Context, Phase
 from fedsim.engine.client import Plan, Row, Start, Update, gather
 from fedsim.engine.precision import forward, functional
 from fedsim.engine.stepping import kept, places
-from fedsim.engine.task import BUFFER, LOCAL, Block, Job, Task, local_round, mean_criterion, row_keys
+from fedsim.engine.task import BUFFER, LOCAL, Block, Job, Task, Weighed, local_round, mean_criterion, row_keys
 from fedsim.layout import Params
 from fedsim.local import moving
 from fedsim.models.dropout import KeyedDropout, dropout_key
@@ -46,6 +46,7 @@ class Sequential:
         self._criterion = mean_criterion(task.objective) or self._weighted
         self._dropout = any(isinstance(module, KeyedDropout) for module in task.module.modules())
         names = ("loss", "direction", "finish")
+        self._of_batch = hasattr(task.objective, "loss")
         self._simple = not self._dropout and not any(hasattr(task.objective, name) for name in names)
 
     def _bind(self, channels_last: bool) -> None:
@@ -76,7 +77,7 @@ class Sequential:
     def train(self, job: Job, out: Tensor) -> Block:
         """Train the rows of a job and write their updates w_k − w_received into out (K, D)."""
 
-        def write(row: int, start: Start) -> Tensor:
+        def write(row: int, start: Start, _: Row) -> Tensor:
             self._write(start, out[row])
             norm: Tensor = torch.linalg.vector_norm(out[row]).square()  # while the row is in cache
             return norm
@@ -93,11 +94,16 @@ class Sequential:
             coefficients: (K,) c_k.
             total: (D,), added to.
 
+        Raises:
+            Weighed: a client says what it weighs.
+
         """
         views = self.task.shared.split(total)
         shares = coefficients.tolist()
 
-        def add(row: int, start: Start) -> Tensor:
+        def add(row: int, start: Start, left: Row) -> Tensor:
+            if left.weight is not None:
+                raise Weighed
             norm: Tensor = torch.zeros((), dtype=self.task.dtype, device=self.task.device)
             if len(self.flat):
                 norm = torch.linalg.vector_norm(self.flat.sub_(start.flat)).square()
@@ -117,7 +123,7 @@ class Sequential:
         for update, share in zip(updates, coefficients.tolist(), strict=True):
             total.add_(update, alpha=share)
 
-    def _train(self, job: Job, keep: Callable[[int, Start], Tensor]) -> Block:
+    def _train(self, job: Job, keep: Callable[[int, Start, Row], Tensor]) -> Block:
         """Train the rows of a job one after another; `keep` takes each one's parameters and returns ‖Δ_k‖²."""
         task = self.task
         plans = [self._plan(job, number, phase) for number, phase in enumerate(task.phases)]
@@ -131,7 +137,7 @@ class Sequential:
                 state = {name: value[row] for name, value in job.state.items()}
                 self._load(start, state, job.buffers)
                 left = self._row(job, row, start, plans, keys, state)
-                left.square_norm = keep(row, start)
+                left.square_norm = keep(row, start, left)
                 rows.append(left)
         return gather(task, job, plans, rows)
 
@@ -145,8 +151,11 @@ class Sequential:
             context = self._general_phases(job, row, start, plans, keys, state, left)
             finish = getattr(self.task.objective, "finish", None)
             if finish is not None:
-                own, left.extras, left.weight = finish({n: p.detach().clone() for n, p in self.params.items()}, context)
-                left.state.update(own)
+                now = {name: p.detach() for name, p in self.params.items()}
+                own, extras, left.weight = finish(now, context)
+                moving = places(now)
+                left.extras = kept(extras, moving)
+                left.state.update(kept(own, moving))
         if state:
             left.state = state | left.state
             left.state.update({LOCAL + n: self.params[n].detach().clone() for n in self.task.local.names})
@@ -216,29 +225,35 @@ class Sequential:
         direction = getattr(self.task.objective, "direction", None)
         now = {name: p.detach() for name, p in self.params.items()}  # which move in place
         moving = places(now)
-        draws = self._dropout or hasattr(self.task.objective, "loss")  # which may hold a dropout too
+        draws = self._dropout or self._of_batch  # which may hold a dropout too
+        writes, free, optimizer = update.optimizer.writes, update.free, update.optimizer
         for step, (x, y) in enumerate(self._batches(plan, row, keys)):
             context = _at(context, step)
-            key = fold_in(fold_in(context.key, plan.number), step) if draws else context.key
-            with torch.enable_grad(), dropout_key(key):
-                loss = self._loss(x, y, context)
-                grads = _gradient(loss, params)
+            if draws:
+                with torch.enable_grad(), dropout_key(fold_in(fold_in(context.key, plan.number), step)):
+                    loss = self._loss(x, y, context)
+                    grads = _gradient(loss, params)
+            else:
+                with torch.enable_grad():
+                    loss = self._loss(x, y, context)
+                    grads = _gradient(loss, params)
             left.losses.append(loss.detach())
             left.counts.append(len(y))
-            update.constrain(grads)
+            if not free:
+                update.constrain(grads)
             if direction is not None:
                 named = dict(zip(plan.moving, grads, strict=True))
                 turned, step_state = direction(named, now, context)
                 context = _at(context, step, kept(step_state, moving))
-                turned = turned if update.optimizer.writes else kept(turned, moving)
-                grads = [turned[n].clone() if update.optimizer.writes else turned[n] for n in plan.moving]
-            update.optimizer.step(grads, scale=context.step_state.get("lr_scale"))
+                if turned is not named or writes:
+                    turned = turned if writes else kept(turned, moving)
+                    grads = [turned[n].clone() if writes else turned[n] for n in plan.moving]
+            optimizer.step(grads, scale=context.step_state.get("lr_scale"))
         return context
 
     def _loss(self, x: Tensor, y: Tensor, context: Context) -> Tensor:
-        objective = self.task.objective
-        if hasattr(objective, "loss"):
-            value: Tensor = objective.loss(self.model, self.params, Batch(x, y), context)[0]
+        if self._of_batch:
+            value: Tensor = self.task.objective.loss(self.model, self.params, Batch(x, y), context)[0]
         else:
             value = self._criterion(self.forward(x), y)
         return value

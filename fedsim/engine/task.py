@@ -124,12 +124,17 @@ class Block(NamedTuple):
     state: dict[str, Tensor]  # name → (k, …), what the clients keep
 
 
+class Weighed(Exception):
+    """A client says itself what it weighs: updates cannot be summed as they come."""
+
+
 class Engine(Protocol):
     """Trains rows. Everything above it (streaming, dropped rows, client state) is shared by all engines.
 
     Optional, found by name:
         chunk                                    rows trained at once, an int that may be set between two jobs
-        train_sum(job, c (K,), total (D,)) -> Block        adds Σ c_k Δ_k of finite rows to total, and holds no row
+        train_sum(job, c (K,), total (D,)) -> Block        adds Σ c_k Δ_k of finite rows to total, and holds no row;
+                                                           raises `Weighed` if a client says what it weighs
         fold(total (D,), updates (k, D), c (k,))           adds Σ c_k Δ_k as `train_sum` does, to the bit
     """
 
