@@ -29,7 +29,7 @@ from fedsim.local import Int64
 # The optimising executor runs other products in its first calls than later: bits would depend on a resume.
 _as_written: Any = partial(getattr(torch.jit, "optimized_execution"), False)  # noqa: B009  (not among torch's typed names)
 
-SUMMED, MOST = 8, 16  # rows of a block that is summed before the blocks are, at least; and blocks, at most
+MOST = 16  # blocks whose rows are summed before the blocks are
 LOSSES = 64  # samples up to which each size of a batch may have a program
 
 
@@ -131,14 +131,14 @@ class Captured:
             low, high = int(ends[number]), int(ends[number + 1])
             lane, work, total = self._lanes.get(), steps.part(low, high), None
             if summed:  # the sum of one block alone needs no room of its own
-                total = sums[number] = summed[1] if len(parts) == 1 else self._zeros(summed[1])
+                total = sums[number] = summed[1] if len(parts) == 1 else self._empty(summed[1])
             try:
                 with torch.inference_mode(), _as_written():  # which spares each operation a look at autograd
                     loop(
-                        *work[:6], starts, common, corrections, step.x, task.y, *work[6:10],
-                        lane.flat, lane.params, lane.slots, lane.apart, lane.apart_views, lane.local, kept, own, left,
-                        out, losses if total is None else total, summed[0] if summed else [0.0], block.square_norms,
-                        losses[steps.first[low] : steps.first[high]],
+                        *work, starts, common, corrections, step.x, task.y, lane.flat, lane.params, lane.slots,
+                        lane.apart, lane.apart_views, lane.local, kept, own, left, out,
+                        losses if total is None else total, summed[0] if summed else [0.0], len(parts) > 1,
+                        block.square_norms, losses[steps.first[low] : steps.first[high]],
                     )  # fmt: skip
             finally:
                 self._lanes.put(lane)
@@ -161,12 +161,12 @@ class Captured:
 
         return end
 
-    def _zeros(self, like: Tensor) -> Tensor:
-        """Return zeros for a block's sum, where possible in memory that is mapped already."""
+    def _empty(self, like: Tensor) -> Tensor:
+        """Return room for a block's sum, where possible in memory that is mapped already."""
         try:
-            return self._spare.pop().zero_()
+            return self._spare.pop()
         except IndexError:
-            return torch.zeros_like(like)
+            return torch.empty_like(like)
 
     def _versions(self, job: Job, *, summed: bool) -> tuple[Play, list[Tensor], list[list[Tensor]]]:
         """Return the programs of a job, and of each version its weights and what its clients share."""
@@ -242,9 +242,11 @@ def _shares(rows: Int64, num_steps: Int64, count: int) -> list[Int64]:
 
 
 def _blocks(rows: Int64) -> list[Int64]:
-    """Split rows into blocks of neighbours: few, for each has a sum of its own for a while."""
-    size = max(SUMMED, -(-len(rows) // MOST))
-    return [rows[low : low + size] for low in range(0, len(rows), size)]
+    """Split rows into blocks of neighbours: of two rows or more, and as many as usual numbers of threads share."""
+    count = 1
+    while count < MOST and 5 * count <= len(rows):
+        count *= 2
+    return [part for part in np.array_split(rows, count) if len(part)]
 
 
 def _check(task: Task) -> None:

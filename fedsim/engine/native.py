@@ -20,14 +20,10 @@ GATHERED = 1 << 17  # input entries that are gathered at once: half a megabyte, 
 class Work(NamedTuple):
     """The steps of some rows, flat: what the native loop walks."""
 
-    rows: list[int]
-    gathers: list[int]  # (R+1,) a row's first gather
-    first: list[int]  # (G+1,) a gather's first step
-    length: list[int]  # (S,) samples of a step
-    program: list[int]  # (S,)
-    versions: list[int]  # (R,) which of the starts a row starts from
+    steps: list[Tensor]  # rows (R,), each one's first gather (R+1,), each gather's first step (G+1,); samples, program
+    # of each step (S,); which of the starts each row starts from (R,)
     samples: Tensor  # (M,) positions into the data; short batches repeat their last sample
-    weights: Tensor  # (M,) 1/b, and 0 for repeats
+    weights: Tensor  # (M,) 1/b, and 0 for repeats; empty where there are none
     keys: Tensor  # (S,) of dropout; empty where there is none
     sample_keys: Tensor  # (M,) of augmentation; empty where there is none
 
@@ -71,11 +67,16 @@ class Steps:
         offset = epoch * sizes[row] + inside * batch  # (S,) in the row's stream
         stream = offset[step] + np.minimum(inner, self.length[step] - 1)  # (M,)
         self.samples = torch.from_numpy(order.positions[order.starts[rows][row[step]] + stream])
-        self.weights = torch.from_numpy((inner < self.length[step]) / self.length[step]).to(task.dtype)
-        codes = np.stack([self.padded, self.padded != self.length, np.minimum(number, layout.turns)])  # (3, S)
-        kinds, program = np.unique(codes, axis=1, return_inverse=True)
-        self.program = program.reshape(-1)  # (S,)
-        self.kinds = [(int(size), bool(padded), int(turn)) for size, padded, turn in kinds.T]  # as in `Kind`
+        short = self.padded != self.length  # (S,)
+        if short.any():
+            self.weights = torch.from_numpy((inner < self.length[step]) / self.length[step]).to(task.dtype)
+        else:
+            self.weights = torch.empty(0, dtype=task.dtype)
+        turns = layout.turns + 1
+        codes = (self.padded * 2 + short) * turns + np.minimum(number, layout.turns)  # (S,)
+        kinds, self.program = np.unique(codes, return_inverse=True)
+        # Size, whether it is padded, and turn: as in `Kind`.
+        self.kinds = [(code // (2 * turns), bool(code // turns % 2), code % turns) for code in kinds.tolist()]
         turn = (self.begin[:-1] - self.begin[self.first[row]]) // layout.gathered  # (S,)
         new = np.flatnonzero(np.diff(row, prepend=-1) | np.diff(turn, prepend=-1))  # (G,) first step of each gather
         self.gathers, self.gather_first = np.searchsorted(new, self.first), np.append(new, len(row))
@@ -91,13 +92,13 @@ class Steps:
         steps = slice(self.first[low], self.first[high])
         samples = slice(self.begin[steps.start], self.begin[steps.stop])
         gathers = self.gathers[low : high + 1]
+        first = self.gather_first[gathers[0] : gathers[-1] + 1] - steps.start
+        walked = (
+            self.rows[low:high], gathers - gathers[0], first, self.padded[steps], self.program[steps],
+            self.versions[low:high],
+        )  # fmt: skip
         return Work(
-            rows=self.rows[low:high].tolist(),
-            gathers=(gathers - gathers[0]).tolist(),
-            first=(self.gather_first[gathers[0] : gathers[-1] + 1] - steps.start).tolist(),
-            length=self.padded[steps].tolist(),
-            program=self.program[steps].tolist(),
-            versions=self.versions[low:high].tolist(),
+            steps=list(map(torch.from_numpy, walked)),
             samples=self.samples[samples],
             weights=self.weights[samples],
             keys=self.keys[steps],

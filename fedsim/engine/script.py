@@ -49,15 +49,21 @@ def _choice(name: str, bodies: Sequence[str]) -> str:
 
 LOOP = """
 def loop(
-    rows: List[int], gathers: List[int], first: List[int], length: List[int], program: List[int], versions: List[int],
-    starts: List[Tensor], common: List[List[Tensor]], corrections: List[List[Tensor]],
-    x: Tensor, y: Tensor, samples: Tensor, weights: Tensor, keys: Tensor, sample_keys: Tensor,
+    work: List[Tensor], samples: Tensor, weights: Tensor, keys: Tensor, sample_keys: Tensor,
+    starts: List[Tensor], common: List[List[Tensor]], corrections: List[List[Tensor]], x: Tensor, y: Tensor,
     flat: Tensor, params: List[Tensor], slots: List[Tensor], apart: List[Tensor], apart_views: List[Tensor],
     local: List[Tensor], kept: List[Tensor], own: List[Tensor], left: List[Tensor],
-    out: Optional[Tensor], total: Tensor, shares: List[float], norms: Tensor, losses: Tensor,
+    out: Optional[Tensor], total: Tensor, shares: List[float], fresh: bool, norms: Tensor, losses: Tensor,
     padded: List[bool], lasts: List[int], late: int, others: List[List[int]], handed: int,
     crosses: List[int], constants: List[List[Tensor]]
 ):
+    # Made lists here, where Python's lock is not held.
+    rows: List[int] = work[0].tolist()
+    gathers: List[int] = work[1].tolist()
+    first: List[int] = work[2].tolist()
+    length: List[int] = work[3].tolist()
+    program: List[int] = work[4].tolist()
+    versions: List[int] = work[5].tolist()
     given: List[Tensor] = []
     s = 0
     low = 0
@@ -73,10 +79,23 @@ def loop(
         products = flat.new_empty([most, params[late].size(0)])
         pending = torch.empty_like(products)
         gram = flat.new_empty([most * most])
+    size = flat.numel()
+    defers = late >= 0 and late < len(params) - len(local) and len(lasts) == 0  # a shared one, which no end reads
     for i in range(len(rows)):
         row = rows[i]
         start = starts[versions[i]]
-        flat.copy_(start)
+        delta = flat
+        if out is not None:
+            delta = out[row]
+        # A deferred weight that nobody else reads and that is written once need not be in `flat`, from `a` to `b`: the
+        # update gets its difference at once.
+        once = defers and gathers[i + 1] - gathers[i] == 1
+        a, b = size, size
+        if once:
+            a = params[late].storage_offset()
+            b = a + params[late].numel()
+            flat.narrow(0, b, size - b).copy_(start.narrow(0, b, size - b))
+        flat.narrow(0, 0, a).copy_(start.narrow(0, 0, a))
         for j in range(len(apart)):
             view = apart_views[j]
             apart[j].copy_(start.narrow(0, view.storage_offset(), view.numel()).view_as(view))
@@ -103,20 +122,21 @@ def loop(
             firsts: Dict[int, List[Tensor]] = {}
             if late >= 0:
                 matrix = xs.flatten(1)
-                torch.mm(matrix, params[late].t(), out=products.narrow(0, 0, count))
+                weight = start.narrow(0, a, b - a).view_as(params[late]) if once else params[late]
+                torch.mm(matrix, weight.t(), out=products.narrow(0, 0, count))
                 # Of the samples, without those of the first step and without those of the last.
                 later, former = count - length[s], count - length[first[k + 1] - 1]
                 square = gram.narrow(0, 0, later * former).view([later, former])
                 met = torch.mm(matrix.narrow(0, length[s], later), matrix.narrow(0, 0, former).t(), out=square)
             while s < first[k + 1]:
-                size = length[s]
-                inputs = told + [xs.narrow(0, at, size), ys.narrow(0, at, size)]
+                batch = length[s]
+                inputs = told + [xs.narrow(0, at, batch), ys.narrow(0, at, batch)]
                 if padded[program[s]]:
-                    inputs.append(weights.narrow(0, low, size))
+                    inputs.append(weights.narrow(0, low, batch))
                 if keys.numel() > 0:
                     inputs.append(keys[s])
                 if sample_keys.numel() > 0:
-                    inputs.append(sample_keys.narrow(0, low, size))
+                    inputs.append(sample_keys.narrow(0, low, batch))
                 if len(corrections) > 0:
                     inputs = inputs + corrections[s - begun]
                 inputs = inputs + carried
@@ -124,9 +144,9 @@ def loop(
                 if which not in aheads:
                     aheads[which] = begin(which, inputs, [], constants)
                 if late >= 0:
-                    product = products.narrow(0, at, size)
+                    product = products.narrow(0, at, batch)
                     if at > 0:
-                        each = met.narrow(0, met.size(0) - count + at, size).narrow(1, 0, at)
+                        each = met.narrow(0, met.size(0) - count + at, batch).narrow(1, 0, at)
                         product.addmm_(each, pending.narrow(0, 0, at), alpha=-1)
                     inputs.append(product)
                     if len(others[which]) > 0:
@@ -135,25 +155,26 @@ def loop(
                             firsts[which] = [torch.mm(rest, aheads[which][j]) for j in others[which]]
                             begins[which] = at
                         for other in firsts[which]:
-                            inputs.append(other.narrow(0, at - begins[which], size))
+                            inputs.append(other.narrow(0, at - begins[which], batch))
                     if crosses[which] >= 0:
                         if at > 0:
                             before = length[s - 1]
-                            each = met.narrow(0, met.size(0) - count + at, size)
+                            each = met.narrow(0, met.size(0) - count + at, batch)
                             inputs.append(each.narrow(1, at - before, before))
                         else:
                             left_over = carried[len(carried) - handed + crosses[which]]
-                            inputs.append(torch.mm(matrix.narrow(0, 0, size), left_over.t()))
+                            inputs.append(torch.mm(matrix.narrow(0, 0, batch), left_over.t()))
                 results = step(which, inputs, aheads[which], constants)
                 if late >= 0:
-                    pending.narrow(0, at, size).copy_(results.pop())
+                    pending.narrow(0, at, batch).copy_(results.pop())
                 given.append(results[0])
                 carried = results[1:]
-                at = at + size
-                low = low + size
+                at = at + batch
+                low = low + batch
                 s = s + 1
             if late >= 0:
-                params[late].addmm_(pending.narrow(0, 0, count).t(), matrix, alpha=-1)
+                written = delta.narrow(0, a, b - a).view_as(params[late]) if once else params[late]
+                written.addmm_(pending.narrow(0, 0, count).t(), matrix, beta=0 if once else 1, alpha=-1)
             if k + 1 < gathers[i + 1]:
                 for j in range(len(carried) - handed, len(carried)):
                     carried[j] = carried[j].clone()  # it may be of the samples that the next ones are written over
@@ -165,21 +186,26 @@ def loop(
             apart_views[j].copy_(apart[j].clone())
         for j in range(len(local)):
             kept[j][row].copy_(local[j])
+        torch.sub(flat.narrow(0, 0, a), start.narrow(0, 0, a), out=delta.narrow(0, 0, a))
+        torch.sub(flat.narrow(0, b, size - b), start.narrow(0, b, size - b), out=delta.narrow(0, b, size - b))
         if out is not None:
-            delta = out[row]
-            torch.sub(flat, start, out=delta)
             norms[row].copy_(torch.linalg.vector_norm(delta).square())
         else:
-            flat.sub_(start)
             norm = torch.dot(flat, flat)
             norms[row].copy_(norm)
             if float(norm.item()) < float("inf"):  # neither is a NaN
-                total.add_(flat, alpha=shares[row])
+                if fresh:
+                    torch.mul(flat, shares[row], out=total)
+                else:
+                    total.add_(flat, alpha=shares[row])
+                fresh = False
+    if fresh and out is None:
+        total.zero_()
     if len(given) > 0:
         losses.copy_(torch.stack(given))
 """
 """Local rounds, client after client: from the version that each starts from, in the memory of one lane, by steps that
-were recorded, to its update: a row of `out`, or added to `total` with its share where there is no `out`. What else a
-client leaves goes to its rows of `left`. A weight that steps defer is that of number `late`; none: −1. The last
-`handed` of what is carried are factors; `crosses` says which of them is the samples of the step before, where a program
-asks for their product with its own; none: −1."""
+were recorded, to its update: a row of `out`, or added to `total` with its share where there is no `out`; a `fresh`
+total has no value yet. What else a client leaves goes to its rows of `left`. A weight that steps defer is that of
+number `late`; none: −1. The last `handed` of what is carried are factors; `crosses` says which of them is the samples
+of the step before, where a program asks for their product with its own; none: −1."""
