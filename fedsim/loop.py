@@ -22,7 +22,8 @@ from fedsim.evaluation import ClientFigures, Evaluator, with_evaluation
 from fedsim.experiment import Experiment
 from fedsim.figures import Figures
 from fedsim.local import Int64
-from fedsim.metrics.records import ClientLog, RoundLog, write_json
+from fedsim.metrics.client_log import ClientLog
+from fedsim.metrics.records import RoundLog, write_json
 from fedsim.place import Place, blockwise
 from fedsim.shards import all_stores
 from fedsim.shell import RuleShell

@@ -12,7 +12,8 @@ import torch
 
 from fedsim.errors import UserError
 from fedsim.files import atomic
-from fedsim.metrics.records import ClientLog, RoundLog, write_json
+from fedsim.metrics.client_log import ClientLog
+from fedsim.metrics.records import RoundLog, write_json
 from fedsim.rng import generator
 
 
@@ -190,8 +191,22 @@ def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_table(tmp_path):
     append(resumed, range(5, 9))
     assert _rows(resumed) == _rows(straight)
     assert [path.name for path in sorted(resumed.parts.iterdir())] == [
-        "00000001-00000002.npz", "00000003-00000004.npz", "00000005-00000008.npz",
+        "00000001-00000002.safetensors", "00000003-00000004.safetensors", "00000005-00000008.safetensors",
     ]  # fmt: skip
+
+
+def test_rounds_between_two_checkpoints_are_one_part_whatever_columns_they_have(tmp_path):
+    log = ClientLog(tmp_path)
+    for round in range(1, 7):
+        seen = {"hits": np.array([round, 0]), "seen": np.array([True, False])} if round % 2 else {}
+        log.append(round, [0, 1], {"loss": [0.5, 1.5], **seen})
+    log.flush()
+    assert len(list(log.parts.iterdir())) == 1
+    log.truncate_to(4)
+    rows = _rows(log)
+    assert [row["hits"] for row in rows] == [1, 0, None, None, 3, 0, None, None]
+    assert [row["seen"] for row in rows] == [True, False, None, None, True, False, None, None]
+    assert [row["loss"] for row in rows] == [0.5, 1.5] * 4
 
 
 def test_merging_again_takes_in_later_rounds(tmp_path):
@@ -223,7 +238,7 @@ def test_a_part_that_is_no_part_is_one_clear_error(tmp_path):
     log = ClientLog(tmp_path)
     log.append(1, [0], {"loss": [1.0]})
     log.flush()
-    (tmp_path / "clients" / "00000001-00000001.npz").write_bytes(b"PK nothing")
+    (tmp_path / "clients" / "00000001-00000001.safetensors").write_bytes(b"PK nothing")
     with pytest.raises(UserError, match="is no part of a run's client log"):
         log.merge()
     assert not log.path.exists()

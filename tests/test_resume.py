@@ -164,10 +164,10 @@ class Killed(BaseException):
 MOMENTS = [
     ("fedsim.checkpoint.save", 2),  # a row that has no checkpoint yet, its clients' rows flushed
     ("fedsim.checkpoint.save_tensors", 2),
-    ("fedsim.metrics.records.ClientLog.flush", 2),
+    ("fedsim.metrics.client_log.ClientLog.flush", 2),
     ("fedsim.metrics.records.RoundLog.append", 9),  # rounds and timings: between the two files of a round
-    ("fedsim.metrics.records.ClientLog.append", 4),
-    ("fedsim.metrics.records.ClientLog.merge", 1),
+    ("fedsim.metrics.client_log.ClientLog.append", 4),
+    ("fedsim.metrics.client_log.ClientLog.merge", 1),
     ("fedsim.simulation._write_model", 1),
     ("fedsim.simulation.write_json", 2),  # summary.json; the first is plan.json
 ]

@@ -10,10 +10,8 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -21,10 +19,6 @@ from torch import Tensor
 
 from fedsim.errors import UserError
 from fedsim.files import atomic
-
-Column = np.ndarray[Any, Any]
-
-_ROW_GROUP = 1 << 17  # rows that are merged at a time
 
 
 def plain(value: Any) -> Any:
@@ -167,136 +161,3 @@ def _on_host(row: Mapping[str, Any]) -> dict[str, Any]:
         numbers = torch.stack([values[name].detach().double() for name in names]).tolist()
         values.update(zip(names, numbers, strict=True))
     return values
-
-
-class ClientLog:
-    """Rows of (round, client) as parts in `clients/`, merged into `clients.parquet` when the run ends.
-
-    Rows wait in memory until `flush` writes them as one part; a checkpoint calls it first, so what a kill loses is
-    what the resumed run does again. A part is an .npz of columns, named by its first and last round.
-
-    Args:
-        folder: the run folder.
-
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.path = Path(folder) / "clients.parquet"
-        self.parts = Path(folder) / "clients"
-        self._pending: list[dict[str, Column]] = []
-        self.last_round = max((last for _, last, _ in self._spans()), default=0)
-
-    def append(self, round: int, clients: Tensor | Column, columns: Mapping[str, Any]) -> None:
-        """Add the rows of a round.
-
-        Args:
-            round: after every earlier one.
-            clients: (K,) integer ids.
-            columns: name → (K,) numbers or bools; NaN becomes null. Names may differ from round to round.
-
-        """
-        if round <= self.last_round:
-            raise ValueError(f"rounds of a log ascend: got round {round} after round {self.last_round}")
-        ids = _column(clients)  # (K,)
-        rows = {"round": np.full(len(ids), round, dtype=np.int64), "client": ids.astype(np.int64)}
-        for name, values in columns.items():
-            if name in rows:
-                raise ValueError(f"the column {name!r} is the log's own; name the metric otherwise")
-            rows[name] = _column(values)
-            if rows[name].shape != ids.shape or rows[name].dtype.kind not in "fiub":
-                raise ValueError(
-                    f"column {name!r} must have one number for each of {len(ids)} clients, "
-                    f"got {rows[name].dtype} {rows[name].shape}"
-                )
-        self.last_round = round
-        if len(ids):
-            self._pending.append(rows)
-
-    def flush(self) -> None:
-        """Write the rows that wait in memory: one part for each run of rounds that have the same columns."""
-        for names, group in groupby(self._pending, key=tuple):
-            rounds = list(group)
-            self._write({name: np.concatenate([rows[name] for rows in rounds]) for name in names})
-        self._pending = []
-
-    def truncate_to(self, round: int) -> None:
-        """Drop the rows after a round, as a resume from its checkpoint must."""
-        self.flush()
-        for first, last, path in self._spans():
-            if last > round:
-                if first <= round:
-                    rows = _load(path)
-                    kept = rows["round"] <= round  # (rows,)
-                    self._write({name: column[kept] for name, column in rows.items()})
-                path.unlink()
-        self.last_round = max((last for _, last, _ in self._spans()), default=0)
-
-    def merge(self) -> None:
-        """Write `clients.parquet` from all parts, atomically; columns that a part lacks are null in its rows.
-
-        The parts stay: a run that goes on for more rounds merges again.
-        """
-        import pyarrow as pa  # here: a run needs it once, at its end, and it takes long to import
-        import pyarrow.parquet as pq
-
-        self.flush()
-        schema: dict[str, np.dtype[Any]] = {"round": np.dtype(np.int64), "client": np.dtype(np.int64)}
-        for _, _, path in self._spans():
-            for name, column in _load(path).items():
-                schema[name] = np.promote_types(schema[name], column.dtype) if name in schema else column.dtype
-        fields = pa.schema([(name, pa.from_numpy_dtype(dtype)) for name, dtype in schema.items()])
-
-        def table(rows: dict[str, Column]) -> Any:
-            nulls = len(rows["round"])
-            columns = [
-                _arrow(rows[name].astype(dtype)) if name in rows else pa.nulls(nulls, pa.from_numpy_dtype(dtype))
-                for name, dtype in schema.items()
-            ]
-            return pa.table(columns, schema=fields)
-
-        with atomic(self.path) as file, pq.ParquetWriter(file, fields) as writer:
-            waiting: list[Any] = []
-            for _, _, path in self._spans():
-                waiting.append(table(_load(path)))
-                if sum(len(part) for part in waiting) >= _ROW_GROUP:
-                    writer.write_table(pa.concat_tables(waiting))
-                    waiting = []
-            if waiting:
-                writer.write_table(pa.concat_tables(waiting))
-
-    def _spans(self) -> list[tuple[int, int, Path]]:
-        """Return (first round, last round, path) of each part, ascending."""
-        spans = []
-        for path in self.parts.glob("*-*.npz"):
-            first, last = path.stem.split("-")
-            spans.append((int(first), int(last), path))
-        return sorted(spans)
-
-    def _write(self, rows: dict[str, Column]) -> None:
-        first, last = int(rows["round"][0]), int(rows["round"][-1])
-        with atomic(self.parts / f"{first:08d}-{last:08d}.npz") as file:
-            # By position, the names in front: as keywords, a column "file" would be savez's own argument.
-            np.savez(file, np.array(list(rows)), *rows.values())
-
-
-def _load(path: Path) -> dict[str, Column]:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {str(name): stored[f"arr_{i}"] for i, name in enumerate(stored["arr_0"], start=1)}
-    except (ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise UserError(f"{path} is no part of a run's client log: {error}") from error
-
-
-def _arrow(column: Column) -> Any:
-    """Return a column of numbers or bools as arrow's, NaN as null; `pyarrow.array` would load pandas where it is."""
-    import pyarrow as pa
-
-    known = None
-    if column.dtype.kind == "f" and (unknown := np.isnan(column)).any():
-        known = pa.py_buffer(np.packbits(~unknown, bitorder="little"))
-    values = np.packbits(column, bitorder="little") if column.dtype.kind == "b" else np.ascontiguousarray(column)
-    return pa.Array.from_buffers(pa.from_numpy_dtype(column.dtype), len(column), [known, pa.py_buffer(values)])
-
-
-def _column(values: Tensor | Column) -> Column:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
