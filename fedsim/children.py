@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
+import sys
 from typing import Any
 
 GRACE = 5.0  # seconds in which a process without work ends by itself
@@ -29,6 +32,15 @@ def start_server(preloaded: str) -> None:
         from multiprocessing import forkserver
 
         forkserver.ensure_running()
+
+
+def kill_server() -> None:
+    """End the server at once, if there is one: by itself it notices seconds later that nobody needs it any more."""
+    known = getattr(sys.modules.get("multiprocessing.forkserver"), "_forkserver", None)  # has no public way to do it
+    number = getattr(known, "_forkserver_pid", None)
+    if number is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
 
 
 def end(process: Any, *, at_once: bool) -> None:

@@ -25,12 +25,27 @@ class Chorus:
         self.voices = [Voice(self, name) for name in names]
         self._planned = self._began = False
         self._told = 0
+        self._held: list[str] = []
+
+    def warn(self, line: str) -> None:
+        """Tell a warning, once some run has begun: until then all may be refused for one reason, which is said once."""
+        if self._planned:
+            self.observer.warn(line)
+        else:
+            self._held.append(line)
+
+    def release(self) -> None:
+        """Tell what was held back."""
+        for line in self._held:
+            self.observer.warn(line)
+        self._held.clear()
 
     def plan(self, line: str) -> None:
         """Tell the plan of the first run: the others' is the same."""
         if not self._planned:
             self._planned = True
             self.observer.plan(line)
+            self.release()
 
     def hear(self) -> None:
         """Tell the rounds that every run has done that has not ended."""
@@ -79,7 +94,7 @@ class Voice(Observer):
 
     def warn(self, line: str) -> None:
         """Hear a warning."""
-        self._chorus.observer.warn(f"{self.name}: {line}")
+        self._chorus.warn(f"{self.name}: {line}")
 
     def end(self) -> None:
         """Hear that the run is over, however it came: nobody waits for it any more."""

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,24 +20,29 @@ from typing import Any, NoReturn
 
 from fedsim import __version__, plugins
 from fedsim.actions import Arguments
+from fedsim.children import kill_server
 from fedsim.errors import UserError, did_you_mean, place_of
 from fedsim.verbs import VERBS, Verb
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    """Run a command and return its exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted, 143 terminated."""
     words = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a log in ASCII loses a dash, not the run
     verbose = any(word in ("-v", "--verbose") for word in words)
+    terminated = threading.Event()
     try:
-        return _dispatch([word for word in words if word not in ("-v", "--verbose")])
+        with _stopped_by(signal.SIGTERM, terminated):
+            return _dispatch([word for word in words if word not in ("-v", "--verbose")])
     except UserError as error:
         return _report(error, str(error), WRONG_INPUT, verbose=verbose)
     except KeyboardInterrupt as error:
-        return _report(error, str(error) or "interrupted", INTERRUPTED, verbose=verbose)
+        kill_server()
+        code = TERMINATED if terminated.is_set() else INTERRUPTED
+        return _report(error, str(error) or "interrupted", code, verbose=verbose)
     except BrokenPipeError:  # `fedsim list | head`
         from fedsim.console import discard
 
@@ -47,6 +54,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = place_of(error)
         hint = "" if verbose else f" ({place}; -v shows more)" if place else " (-v shows where)"
         return _report(error, f"{kind}{first}{hint}", FAILED, verbose=verbose)
+
+
+@contextmanager
+def _stopped_by(number: signal.Signals, seen: threading.Event) -> Iterator[None]:
+    """Let a signal that schedulers send before a time limit end the command as Ctrl-C does, its processes with it."""
+
+    def interrupt(*_: object) -> NoReturn:
+        seen.set()
+        raise KeyboardInterrupt
+
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(number) is not signal.SIG_DFL:  # its owner knows better
+        yield
+        return
+    signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _report(error: BaseException, line: str, code: int, *, verbose: bool) -> int:
@@ -165,4 +191,4 @@ examples:
   fedsim list strategy
 
 {added}Each command has its own --help. -v shows the traceback of an error, --version the version.
-Exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted."""
+Exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted, 143 terminated."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from fedsim.contracts import Cohort, LinearRule, Metrics, State
 from fedsim.dispatch import Dispatcher
 from fedsim.engine.hosted import Hosted
 from fedsim.engine.rounds import AllUpdatesBad, Trainer
+from fedsim.engine.task import clock_of
 from fedsim.errors import UserError, some_of
 from fedsim.evaluation import ClientFigures, Evaluator, with_evaluation
 from fedsim.experiment import Experiment
@@ -46,6 +46,7 @@ class Loop:
         self.plan = experiment.plan  # as written: a resumed run's is that of the run which it goes on with
         self.weights = experiment.initial.detach()  # (D,), never written to
         self.round = 0
+        self.now = clock_of(experiment.engine)
         self.stopping = Stopping(experiment.settings, experiment.evaluation.every or 1)
         self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0, "record": 0.0}
         self.uplink = experiment.uplink
@@ -136,7 +137,7 @@ class Loop:
             self._step(round)
 
     def _step(self, round: int) -> None:
-        started = time.perf_counter()
+        started = self.now()
         self.backend.cohort, buffers = None, self.backend.buffers
         arrivals = self.dispatcher.next(round, self.weights, self._broadcast, buffers)
         train = self._train_seconds()
@@ -149,19 +150,19 @@ class Loop:
         if not bool(torch.isfinite(weights).all()):
             self.backend.buffers = buffers
             raise AllUpdatesBad(f"round {round}: the new model is not finite; the run keeps that of round {self.round}")
-        trained = time.perf_counter()
+        trained = self.now()
         delta = weights - self.weights
         self.weights, self.round = weights, round
         row, clients = self.figures.measure(round, weights, delta, self._cohort())
         row |= metrics  # a (K,) tensor becomes a column of the clients' table
         if len(arrivals.clients):
             self.figures.previous = delta
-        measured = time.perf_counter()
+        measured = self.now()
         self.stopping.look(round, row)
         self._record(row, clients)
         if isinstance(self.strategy, RuleShell):
             self.strategy.cohort = None  # the backend has it
-        ended = time.perf_counter()
+        ended = self.now()
         times = {
             "train": self._train_seconds() - train, "evaluate": measured - trained, "record": ended - measured,
         }  # fmt: skip

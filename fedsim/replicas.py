@@ -173,6 +173,7 @@ def _drive(plan: Plan, folder: Path, launches: Mapping[str, Callable[[], Launch]
         if names and len(errors) == len(names) and all(isinstance(error, UserError) for error in errors.values()):
             _forget(folder, names)
             raise next(iter(errors.values()))
+        chorus.release()
         table.write_parquet(folder, list(rows.values()))
     _tell(list(rows.values()), folder, observer)
     if errors:

@@ -225,7 +225,7 @@ def _rounds(
         _keep_plan(experiment, saved, loop, observer)
         if loop.round >= experiment.settings.num_rounds:
             observer.note(f"the run has its {loop.round} rounds already")
-    observer.plan(plan_line(experiment.plan))
+    observer.plan(plan_line(experiment.plan, None if loop.uplink is None else loop.uplink.adversary))
     if slow := emulated(experiment.task.precision, experiment.task.device):
         observer.warn(slow)
     setup = time.perf_counter() - started

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedsim.attacks.adversary import Adversary
 from fedsim.experiment import Experiment
 from fedsim.loop import Loop
 from fedsim.metrics.reached import reached
@@ -22,13 +23,18 @@ def shown(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in summary.items() if name in SHOWN + timed}
 
 
-def plan_line(plan: Mapping[str, Any]) -> str:
-    """Return what decides the bits of a run, and its rhythms, in one line."""
+def plan_line(plan: Mapping[str, Any], adversary: Adversary | None = None) -> str:
+    """Return what decides the bits of a run, who attacks, and its rhythms, in one line."""
     numbers = plan["dtype"] if plan["precision"] == "fp32" else f"{plan['dtype']} with {plan['precision']} products"
+    attackers = ""
+    if adversary is not None:
+        attackers = (
+            f", {int(adversary.byzantine.sum())} of {plan['clients']} attack ({type(adversary.attack).__name__})"
+        )
     workers = f", {counted(plan['workers'], 'worker')}" if "workers" in plan else ""
     return (
         f"engine {plan['engine']}{workers} ({plan['why']}) on {plan['device']}, {numbers}, {plan['threads']} threads, "
-        f"{plan['parameters']:,} parameters, {plan['cohort']} of {plan['clients']} clients a round, "
+        f"{plan['parameters']:,} parameters, {plan['cohort']} of {plan['clients']} clients a round{attackers}, "
         f"updates {plan['rows']}, evaluation every {plan['evaluate_every']} "
         f"(clients every {plan['evaluate_clients_every']}), checkpoint every {plan['checkpoint_every']}"
     )

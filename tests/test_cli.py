@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import types
@@ -302,6 +303,16 @@ def test_an_interrupt_says_how_to_go_on(
     code, _, again = said(capsys, *words_of(err))
     assert code == 130
     assert words_of(again) == words_of(err)
+
+
+def test_a_signal_of_a_scheduler_ends_a_command_like_ctrl_c(
+    capsys: pytest.CaptureFixture[str], simulation: Simulation
+) -> None:
+    simulation.act = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    code, _, err = said(capsys, "run", "hydra.run.dir=run")
+    assert (code, err.count("\n")) == (143, 1)
+    assert "interrupted" in err
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_closed_pipe_is_no_error() -> None:

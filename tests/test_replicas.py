@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,6 +239,32 @@ def test_a_failure_is_of_the_run_that_it_belongs_to():
     assert torch.equal(seen["good"].square_norms, alone(task, job)[1].square_norms)
 
 
+def test_a_replicas_clock_stands_still_while_others_train_and_has_its_share_of_common_training():
+    class Slow(Vectorized):
+        def run(self, trainings):
+            time.sleep(0.2)
+            return super().run(trainings)
+
+    problems = [problem(0, [4]), problem(1, [4])]
+    engine, meeting, took = Slow(problems[0][0], threads=1), Meeting(), []
+    seats = [meeting.seat(engine, task) for task, _ in problems]
+
+    def body(seat, job, idle):
+        started = seat.now()
+        time.sleep(idle)
+        seat.train(job, torch.empty(1, seat.task.shared.size, dtype=X.dtype))
+        took.append(seat.now() - started)
+
+    began = time.perf_counter()
+    jobs = [job for _, job in problems]
+    meeting.run([lambda s=s, j=j, t=t: body(s, j, t) for s, j, t in zip(seats, jobs, (0.0, 0.3), strict=True)])
+    whole = time.perf_counter() - began
+    engine.close()
+    assert sum(took) <= whole
+    assert took[0] == pytest.approx(0.1, abs=0.08)
+    assert took[1] == pytest.approx(0.4, abs=0.08)
+
+
 def test_an_interrupt_unwinds_all_runs():
     """What stops the meeting itself, as Ctrl-C does, reaches each run where it waits."""
 
@@ -432,6 +459,10 @@ def test_a_replica_that_fails_stops_no_other_and_resume_does_the_rest(boom, kern
     assert [row["state"] for row in json.loads(Path("set/sweep.json").read_text())["trials"]] == ["done"] * 3
     with pytest.raises(UserError, match="--config-dir other: a resumed run keeps its config"):
         replicas.resume(Path("set"), [], Path("other"), ear)
+    ear.warnings.clear()
+    with pytest.raises(UserError, match="cannot go back to num_rounds=2"):
+        replicas.resume(Path("set"), ["num_rounds=2"], None, ear)
+    assert ear.warnings == []  # what all are refused for is said once
 
 
 class Cutting(Ear):

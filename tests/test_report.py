@@ -25,6 +25,7 @@ from fedsim.report.charts import Line, heat_map, line_chart
 from fedsim.report.command import report
 from fedsim.report.difference import compare
 from fedsim.report.groups import differing, group
+from fedsim.report.page import columns_for
 from fedsim.report.runs import read
 from fedsim.report.statistics import holm
 
@@ -39,7 +40,9 @@ FINAL = {  # (strategy, alpha) → accuracy of each seed
 }
 
 
-def write_run(folder: Path, *, strategy="fedavg", alpha=0.5, seed=0, accuracy=0.9, ended=True, **config) -> Path:
+def write_run(
+    folder: Path, *, strategy="fedavg", alpha=0.5, seed=0, accuracy=0.9, ended=True, timed=True, **config
+) -> Path:
     """Write what a report reads of a run folder, small."""
     folder.mkdir(parents=True)
     client = "margin" if strategy == "mine" else "sgd"
@@ -57,6 +60,7 @@ def write_run(folder: Path, *, strategy="fedavg", alpha=0.5, seed=0, accuracy=0.
         {
             "round": r, "accuracy": accuracy * r / 3, "loss": 1.0 / r, "evaluated": r != 2, "recall_0": 0.5,
             "recall_10": 0.25, "bytes_up": 100, "bytes_down": 200, "simulated_seconds": 10.0 * r,
+            **({"num_lost": 0} if timed else {}),
             "quality_score": r * accuracy, "fixed": 3.0, "note": "text", "drift_ratio": 0.5 / r,
         }
         for r in (1, 2, 3)
@@ -295,6 +299,19 @@ def test_the_page_is_whole_and_the_same_each_time(sweep):
     assert "fixed" not in text.partition('id="figures"')[0]  # one constant: no curve
 
 
+def test_without_devices_no_chart_is_over_simulated_time(tmp_path):
+    for name, timed in (("timed", True), ("untimed", False)):
+        write_run(tmp_path / name, timed=timed)
+        text = report([tmp_path / name])[0]
+        assert text.count("kB sent, both ways") == 1
+        assert text.count(">simulated seconds<") == timed
+
+
+@pytest.mark.parametrize(("count", "kind"), [(2, ""), (3, ""), (4, "by2"), (5, ""), (7, "by4"), (10, "by2"), (13, "")])
+def test_no_chart_is_left_alone_in_its_row(count, kind):
+    assert columns_for(count) == kind
+
+
 def test_hostile_names_are_text(tmp_path):
     write_run(tmp_path / "<b>x", strategy="<script>alert(1)</script>", accuracy=0.5)
     write_run(tmp_path / "&", strategy='"&<', accuracy=0.6)
@@ -391,6 +408,18 @@ def test_a_heat_map_is_a_png_of_its_values():
     assert tuple(pixels[0, 1]) == high == tuple(pixels[1, 1])
     assert pixels[0, 2, 3] == 0  # missing: the page shows through
     assert tuple(pixels[1, 0]) not in (low, high)
+
+
+def test_a_heat_map_with_names_of_its_ends_has_them_at_its_ends():
+    text = heat_map("t", np.zeros((5, 4)), axes=("rank", "round"), span=(0.0, 1.0), names=(["1", "900"], ["3", "60"]))
+    at = {
+        name: (float(x), anchor)
+        for x, anchor, name in re.findall(r'x="([\d.]+)" y="[\d.]+" text-anchor="(\w+)">(\w+)<', text)
+    }
+    assert at["1"][1] == at["900"][1] == "end"
+    assert (at["3"][1], at["60"][1]) == ("start", "end")
+    assert at["60"][0] - at["3"][0] > 300
+    assert "rank" in text
 
 
 # ---- compare

@@ -7,7 +7,9 @@ import pyarrow.parquet
 import pytest
 
 import fedsim
-from fedsim.summary import shown
+from fedsim.attacks.adversary import Adversary
+from fedsim.attacks.sign_flip import SignFlip
+from fedsim.summary import plan_line, shown
 
 TINY = ("data=blobs", "model=logreg", "num_rounds=6", "fraction=0.4")
 NAMES = {
@@ -43,6 +45,17 @@ def test_an_attacked_run_shows_attackers_and_the_honest(tmp_path):
     said = shown(run(tmp_path, "attack=backdoor", "attack.fraction=0.3", "partition.num_clients=10").summary)
     assert NAMES & said.keys() == {"num_attackers", "honest_accuracy_mean", "backdoor_accuracy"}
     assert said["num_attackers"] == 3
+
+
+def test_the_plan_says_who_attacks():
+    plan = {
+        "dtype": "float32", "precision": "fp32", "engine": "vectorized", "why": "w", "device": "cpu", "threads": 1,
+        "parameters": 5, "cohort": 4, "clients": 10, "rows": "streamed", "evaluate_every": 1,
+        "evaluate_clients_every": 1, "checkpoint_every": 1,
+    }  # fmt: skip
+    adversary = Adversary(SignFlip(), clients=np.arange(10), num_clients=10, fraction=0.3)
+    assert "attack" not in plan_line(plan)
+    assert "4 of 10 clients a round, 3 of 10 attack (SignFlip), updates" in plan_line(plan, adversary)
 
 
 def test_an_attack_has_two_tenths_of_the_clients_unless_told(tmp_path):

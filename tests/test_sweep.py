@@ -88,6 +88,13 @@ def test_wrong_words_are_one_line(words, part):
     assert "\n" not in str(caught.value)
 
 
+def test_a_wrong_setting_of_the_sweep_is_named_in_its_own_words():
+    with pytest.raises(UserError, match=r"^sweep has no setting 'workerz'; did you mean 'workers'\?$"):
+        grammar.read(["sweep.workerz=2", "seed=1,2"]).settings(Machine, "sweep")
+    with pytest.raises(UserError, match=r"^sweep\.workers must be an integer or null, got 'two'$"):
+        grammar.read(["sweep.workers=two"]).settings(Machine, "sweep")
+
+
 # ---- plan
 
 

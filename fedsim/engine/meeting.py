@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,13 @@ class Seat:
         self.outcome: Block | BaseException | None = None
         self.error: BaseException | None = None  # that ended the replica
         self.done = False
+        self.spent = 0.0  # seconds of training since it began to wait: its share of those of a program
+        self.away = 0.0  # seconds in which others trained or ran, and this one only waited
         self.go = threading.Semaphore(0)
+
+    def now(self) -> float:
+        """Return a clock's seconds, which stands still while the replica waits for others."""
+        return time.perf_counter() - self.away
 
     def train(self, job: Job, out: Tensor) -> Block:
         """Wait until the rows are trained."""
@@ -57,9 +64,11 @@ class Seat:
         return self._trained(Part(self.task, job, None, summed=(coefficients.tolist(), total)))
 
     def _trained(self, part: Part) -> Block:
-        self.part = part
+        self.part, began = part, time.perf_counter()
         self._meeting.back.release()
         self.go.acquire()
+        self.away += time.perf_counter() - began - self.spent
+        self.spent = 0.0
         if self._meeting.stopped:
             raise Stopped
         outcome, self.outcome = self.outcome, None
@@ -118,12 +127,14 @@ class Meeting:
         ready = [seat for seat in self.seats if not seat.done and seat.part is None]
         for seat in ready:
             if seat.begun is not None:
-                begun, seat.begun = seat.begun, None
+                begun, seat.begun, began = seat.begun, None, time.perf_counter()
                 seat.outcome = _caught(begun)
+                seat.spent += time.perf_counter() - began
             self._let(seat)
             if seat.part is not None and isinstance(seat.engine, Captured):
-                part, seat.part = seat.part, None
+                part, seat.part, began = seat.part, None, time.perf_counter()
                 seat.begun = _begun(seat.engine, part)
+                seat.spent += time.perf_counter() - began
         return bool(ready)
 
     def _let(self, seat: Seat) -> None:
@@ -155,8 +166,11 @@ class Meeting:
         for engine in {id(seat.engine): seat.engine for seat, _ in waiting}.values():
             assert isinstance(engine, Vectorized)  # the others' parts do not wait
             mine = [(seat, part) for seat, part in waiting if seat.engine is engine]
-            for (seat, _), outcome in zip(mine, outcomes(engine, [part for _, part in mine]), strict=True):
+            began = time.perf_counter()
+            found = outcomes(engine, [part for _, part in mine])
+            for (seat, _), outcome in zip(mine, found, strict=True):
                 seat.outcome, seat.part = outcome, None
+                seat.spent += (time.perf_counter() - began) / len(mine)
 
 
 def _begun(engine: Captured, part: Part) -> Callable[[], Block]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from fedsim.engine.blocks import concatenate, merge, select
 from fedsim.engine.halving import Change, Halving
 from fedsim.engine.hosted import Hosted
 from fedsim.engine.pool import WorkersLost
-from fedsim.engine.task import Block, Engine, Job, Weighed, num_steps, room
+from fedsim.engine.task import Block, Engine, Job, Weighed, clock_of, num_steps, room
 from fedsim.errors import ClientError, UserError
 from fedsim.linalg import finite_rows
 from fedsim.local import Int64
@@ -80,7 +79,7 @@ class Trainer:
         self.on_bad_update, self.on_client_error = on_bad_update, on_client_error
         self.bad: list[int] = []  # clients of the last job whose rows were not finite
         self.failures: dict[int, str] = {}  # client of the last job that raised → what
-        self.seconds = 0.0  # spent in the engine since the trainer was made
+        self.seconds, self.now = 0.0, clock_of(engine)  # spent in the engine since the trainer was made
         self.halving = Halving(engine, block or block_rows(engine), [] if changes is None else changes)
         self._weighed = False  # whether a client has said what it weighs
         self._rows = torch.empty(0, self.task.shared.size, dtype=self.task.dtype, device=self.task.device)
@@ -225,7 +224,7 @@ class Trainer:
             c = coefficients(replace(self._cohort(job, ahead, total), updates=None))  # (K,)
         except KeyError:  # they hang on what clients will send
             return None
-        started = time.perf_counter()
+        started = self.now()
         try:
             block = train_sum(plain, c, total)
         except (torch.OutOfMemoryError, UserError, WorkersLost):
@@ -235,7 +234,7 @@ class Trainer:
             total.zero_()
             return None
         finally:
-            self.seconds += time.perf_counter() - started
+            self.seconds += self.now() - started
         good, kept = self._judge(job, block)
         cohort, norms = replace(self._cohort(job, block, total), updates=None), block.square_norms
         if good is None:
@@ -268,7 +267,7 @@ class Trainer:
             finish: what waits for those.
 
         """
-        started = time.perf_counter()
+        started = self.now()
         try:
             if finish is not None:
                 return Trained(job, *finish())
@@ -286,7 +285,7 @@ class Trainer:
             part, rows = job.take(left), out[: len(left)]
             return Trained(part, apart.train(self.engine, part, rows), rows)
         finally:
-            self.seconds += time.perf_counter() - started
+            self.seconds += self.now() - started
 
     def _failing(self, job: Job, out: Tensor) -> bool:
         """Find the clients that fail, by training each alone: rows do not depend on one another. Say if any does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -150,6 +151,12 @@ class Engine(Protocol):
     def close(self) -> None:
         """Let go of workers."""
         ...
+
+
+def clock_of(engine: Engine) -> Callable[[], float]:
+    """Return the clock of a run, in seconds: an engine's own `now` stands still while the run waits for others."""
+    now: Callable[[], float] = getattr(engine, "now", time.perf_counter)
+    return now
 
 
 def local_round(task: Task, job: Job, number: int, phase: Phase | None) -> Schedule:

@@ -26,7 +26,8 @@ _CHARACTER = 0.075  # inches of a letter at 8 points
 _BAR_COLOUR = "#4c6a92"
 # ColorBrewer's sequential "Blues" (Harrower and Brewer, 2003): one hue, even steps of lightness.
 _BLUES = ("f7fbff", "deebf7", "c6dbef", "9ecae1", "6baed6", "4292c6", "2171b5", "08519c", "08306b")
-_TITLE, _LABEL, _TICK, _CELL = 11.0, 9.0, 8.0, 6.5  # points
+_TITLE, _LABEL, _TICK = 11.0, 9.0, 8.0  # points
+_CELLS = (9.0, 8.0, 7.0, 6.0)  # of a cell's number, the largest that fits
 
 _drawn: ContextVar[Path | None] = ContextVar("drawn", default=None)
 
@@ -148,10 +149,11 @@ def _draw_sizes(canvas: Canvas, box: Box, columns: _Columns, sizes: Float, steps
     scale = (bottom - top) / (max(float(sizes.max()), 1e-9) * (1.15 if columns.named else 1.05))  # pixels a sample
     each = (right - left) / len(sizes)
     if columns.named:
+        points = _fitting(sizes, each)
         for j, size in enumerate(sizes.tolist()):
             x, y = left + (j + 0.5) * each, bottom - size * scale
             canvas.fill((x - 0.4 * each, y, x + 0.4 * each, bottom), _BAR_COLOUR)
-            canvas.text(x, y - 1, f"{int(size)}", _CELL, "mb")
+            canvas.text(x, y - 1, f"{int(size)}", points, "mb")
     else:
         column = ((np.arange(round(right) - round(left)) + 0.5) / each).astype(np.int64).clip(max=len(sizes) - 1)
         for x, size in enumerate(sizes[column].tolist()):
@@ -186,10 +188,17 @@ def _draw_shares(canvas: Canvas, box: Box, columns: _Columns, *, named: bool) ->
     if not named:
         return
     across, along = (right - left) / len(shares), (bottom - top) / shares.shape[1]
+    points = _fitting(columns.counts, across)
     for j, c in np.argwhere(columns.counts).tolist():
         colour = "#ffffff" if depth[j, c] > 0.55 else "#000000"
         x, y = left + (j + 0.5) * across, top + (c + 0.5) * along
-        canvas.text(x, y, f"{columns.counts[j, c]}", _CELL, "mm", colour=colour)
+        canvas.text(x, y, f"{columns.counts[j, c]}", points, "mm", colour=colour)
+
+
+def _fitting(numbers: npt.NDArray[Any], width: float) -> float:
+    """Return the size in points at which the greatest of some whole numbers fits a width in pixels."""
+    widest = str(int(numbers.max()))
+    return next((points for points in _CELLS if width_of(widest, points) <= 0.9 * width), _CELLS[-1])
 
 
 def _palette() -> npt.NDArray[np.uint8]:

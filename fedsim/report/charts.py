@@ -180,12 +180,13 @@ def heat_map(
         values: (R, C), NaN where missing.
         axes: labels of the vertical and the horizontal axis.
         span: the values of the darkest and the lightest colour.
-        names: of rows and columns, drawn where they fit; numbers are written into the cells of small maps.
+        names: of rows and columns, or of the first and the last alone; numbers if there are none. Where all are given
+            and fit, they are drawn, and numbers are written into the cells.
         show: writes a number.
 
     """
     rows, columns = values.shape
-    named = names is not None and rows <= 30 and columns <= 12
+    named = names is not None and (len(names[0]), len(names[1])) == values.shape and rows <= 30 and columns <= 12
     left = min(150, 16 + max((len(name) for name in names[0]), default=0) * 7) if named and names else 40
     wide = max(_WIDTH - left - _RIGHT, 44 * columns) if named else _WIDTH - left - _RIGHT
     tall = 22 * rows if named else min(max(5 * rows, 130), 200)
@@ -199,11 +200,14 @@ def heat_map(
     if named and names:
         parts += _cells(values, span, names, (left, wide, tall), show)
     else:
-        for text, y in (("0", _TOP + 9), (str(rows - 1), bottom)):
+        (top_name, *_, low_name), (first, *_, last) = (
+            own if len(own) > 1 else ("0", str(count - 1))
+            for own, count in zip(names or ((), ()), values.shape, strict=True)
+        )
+        for text, y in ((top_name, _TOP + 9), (low_name, bottom)):
             parts.append(_text("tick", left - 5, y, text, "end"))
-        ends = (names[1][0], names[1][-1]) if names else ("0", str(columns - 1))
-        parts.append(_text("tick", left, bottom + 14, ends[0], "start"))
-        parts.append(_text("tick", left + wide, bottom + 14, ends[1], "end"))
+        parts.append(_text("tick", left, bottom + 14, first, "start"))
+        parts.append(_text("tick", left + wide, bottom + 14, last, "end"))
         turned = f'<g transform="translate(12 {_TOP + tall / 2:.1f}) rotate(-90)">{_text("label", 0, 0, axes[0])}</g>'
         parts.append(turned)
     parts.append(_text("label", left + wide / 2, height - 6, axes[1]))

@@ -21,7 +21,7 @@ Int = npt.NDArray[np.int64]
 
 SPENT = ("download_seconds", "compute_seconds", "upload_seconds")
 COLUMNS = ("started", "arrived", "staleness", *SPENT)  # of clients.parquet
-CURVES = ("staleness_mean", "num_outstanding", "num_lost", "gamma", "num_inverted",
+CURVES = ("staleness_mean", "staleness_max", "num_outstanding", "num_lost", "gamma", "num_inverted",
           "inversion_disparity")  # fmt: skip
 ERRORS = ("e1", "e2")
 _MOST_CLIENTS = 24  # of a timeline

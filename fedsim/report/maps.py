@@ -38,7 +38,7 @@ def clients(table: Table) -> str:
             maps.setdefault(group.method, []).append(drawn)
     if not maps:
         return curves
-    note = paragraph(f"Each client's accuracy (%), {_whose(table)}.")
+    note = paragraph(f"Accuracy (%) of each client that has test samples of its own, by rank, {_whose(table)}.")
     # Settings stand side by side, as in the curves above; where there is one, the methods do.
     alone = all(len(row) == 1 for row in maps.values())
     rows = [figures([row[0] for row in maps.values()])] if alone else [figures(row, "row") for row in maps.values()]
@@ -91,8 +91,8 @@ def by_client(run: Run, column: str) -> ByClient | None:
 def _sorted_map(title: str, found: ByClient, axis: str, span: tuple[float, float], **how: Any) -> str:
     """Draw clients, sorted by their last value, over rounds."""
     matrix = _coarse(found.values[np.argsort(found.last, kind="stable")])
-    ends = [str(found.rounds[0]), str(found.rounds[-1])]
-    return heat_map(title, matrix, axes=(axis, "round"), span=span, names=([], ends), **how)
+    ends, ranks = [str(found.rounds[0]), str(found.rounds[-1])], ["1", str(len(found.clients))]
+    return heat_map(title, matrix, axes=(axis, "round"), span=span, names=(ranks, ends), **how)
 
 
 def _coarse(matrix: Float) -> Float:
@@ -169,12 +169,14 @@ def partitions(table: Table) -> str:
     text = "Who has how much of which class."
     if any(len(group.runs) > 1 for group in table.all):
         text += " One seed of each setting; the others' partitions follow from their seeds."
-    inside = "".join(
+    shown = [
         f'<figure class="picture"><img alt="partition, {escape(name, quote=True)}" src="{data_uri(png)}">'
         f"<figcaption>{escape(name)}</figcaption></figure>"
         for png, name in list(drawn.items())[:_MOST_PICTURES]
-    )
-    return section("partition", "Partition", paragraph(text), f'<div class="grid-of wide">{inside}</div>')
+    ]
+    first, more = (f'<div class="grid-of full">{"".join(part)}</div>' for part in (shown[:2], shown[2:]))
+    rest = f"<details><summary>{len(shown) - 2} more</summary>{more}</details>" if len(shown) > 2 else ""
+    return section("partition", "Partition", paragraph(text), first, rest)
 
 
 def _seed_text(run: Run) -> str:

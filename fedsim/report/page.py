@@ -29,10 +29,14 @@ nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .6rem 0 } nav a {
 .legend span { display: inline-flex; align-items: center; gap: .4rem; white-space: nowrap } .legend svg { width: 34px }
 .grid-of { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(390px, 100%%), 1fr)); gap: 14px }
 .row { grid-template-columns: repeat(auto-fit, minmax(min(330px, 100%%), 430px)); margin-bottom: 14px }
+@media (min-width: 1000px) {
+  .by2 { grid-template-columns: repeat(2, minmax(0, 1fr)); max-width: 900px }
+  .by4 { grid-template-columns: repeat(4, minmax(0, 1fr)) } }
 .wide { grid-template-columns: repeat(auto-fill, minmax(min(560px, 100%%), 1fr)) }
 figure { margin: 0; padding: 8px 10px; background: var(--card); border: 1px solid var(--rule); border-radius: 6px }
 figure svg { display: block; width: 100%%; max-width: 620px; height: auto }
-.picture { background: #ffffff } .picture figcaption { color: #444 } .picture img { display: block; width: 100%% }
+.picture { background: #ffffff } .picture figcaption { color: #444 }
+.picture img { display: block; max-width: 100%%; margin: auto }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .28rem .8rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap }
 th { font-weight: 600 } th:first-child, td:first-child, .left th, .left td { text-align: left }
@@ -50,6 +54,7 @@ svg .fill { stroke: none } svg .f0 { fill: var(--c0) } svg .f1 { fill: var(--c5)
 svg .idle { fill: var(--rule); opacity: .45 } svg .late { fill: var(--c1); stroke: var(--card); stroke-width: .8 }
 .keys { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .2rem 0 .6rem; color: var(--dim) }
 .keys span { display: inline-flex; align-items: center; gap: .4rem } .keys svg { width: 34px }
+.full { grid-template-columns: 1fr }
 .one { grid-template-columns: 1fr; max-width: 1120px } .one figure svg { max-width: none }
 .grid-of + .grid-of { margin-top: 14px } .grid-of + p { margin-top: 1.2rem }
 svg .more { stroke: var(--dim); stroke-width: .7; opacity: .5 }
@@ -96,6 +101,17 @@ def section(name: str, title: str, *parts: str) -> str:
 def paragraph(text: str, kind: str = "dim") -> str:
     """Return a paragraph of plain text."""
     return f'<p class="{kind}">{escape(text)}</p>'
+
+
+def columns_for(count: int) -> str:
+    """Return the kind of grid in which no drawing is left alone in the last row, where the screen has room for it.
+
+    >>> [columns_for(count) for count in (1, 3, 4, 5, 7)]
+    ['', '', 'by2', '', 'by4']
+    """
+    if count < 4 or count % 3 != 1:
+        return ""
+    return "by2" if count % 2 == 0 else "by4" if count % 4 != 1 else ""
 
 
 def figures(drawings: Sequence[str], kind: str = "") -> str:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from fedsim.report import tables
 from fedsim.report.charts import NUM_STYLES, Line, line_chart, span_of
 from fedsim.report.groups import Group, Table
-from fedsim.report.page import figures, html_table, paragraph, section
+from fedsim.report.page import columns_for, figures, html_table, paragraph, section
 from fedsim.report.runs import Run
 from fedsim.report.tables import Comparison
 
@@ -40,7 +40,7 @@ def results(comparison: Comparison, table: Table) -> str:
             if cell.difference and cell.p is not None:
                 by = tables.number(metric, cell.difference.mean, signed=True)
                 half = tables.number(metric, cell.difference.half)
-                verdict = "" if tables.differs(cell) else " · no difference"
+                verdict = "" if tables.differs(cell) else " · no difference shown"
                 text += f"<small>{by} ± {half}, p {_equals(tables.p_value(cell.p))}{verdict}</small>"
             elif method == comparison.baseline and len(table.methods) > 1:
                 text += "<small>baseline</small>"
@@ -48,7 +48,7 @@ def results(comparison: Comparison, table: Table) -> str:
         rows.append(row)
     note = tables.caption(comparison, table)
     if any(cell.difference for cell in comparison.cells.values()):
-        note += f" Small: the difference to {comparison.baseline} with its 95 % interval and p."
+        note += f" Small: the difference to {comparison.baseline} with an interval of its own, and p."
     return section("results", "Results", paragraph(note), html_table(rows))
 
 
@@ -112,7 +112,7 @@ def _panels(table: Table, column: str, lines: Mapping[str, Line], x_label: str) 
 def _laid_out(rows: Sequence[Sequence[str]]) -> list[str]:
     """Put the settings of a column side by side; where there is one setting, the columns."""
     if all(len(row) == 1 for row in rows):
-        return [figures([panel for row in rows for panel in row])]
+        return [figures(panels := [panel for row in rows for panel in row], columns_for(len(panels)))]
     return [figures(row, "row") for row in rows]
 
 
@@ -144,8 +144,9 @@ def costs(table: Table) -> str:
     """Return accuracy against bytes and, where devices are simulated, against simulated time."""
     column = "accuracy" if any("accuracy" in run.columns for group in table.all for run in group.runs) else "loss"
     drawn = []
-    for needs, along, units in (("bytes_up", _bytes, _BYTES), ("simulated_seconds", _simulated, _TIMES)):
-        has = {group.name for group in table.all if all(needs in run.columns for run in group.runs)}
+    # Without devices the clock counts rounds, and no job is ever lost.
+    for needs, along, units in (("bytes_up", _bytes, _BYTES), ("num_lost", _simulated, _TIMES)):
+        has = {g.name for g in table.all if all(needs in run.columns for run in g.runs)}
         found = {g.name: line for g in table.all if g.name in has and (line := _line(table, g, column, along))}
         if found:
             scaled, label = _in_unit(list(found.values()), units)

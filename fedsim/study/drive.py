@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.config import compose
-from fedsim.construct import construct
 from fedsim.errors import UserError
 from fedsim.files import atomic
 from fedsim.folder import locked
@@ -75,7 +74,7 @@ def experiment(name: str, given: Sequence[str], config_dir: Path | None, board: 
     words = read(given, config_dir, ("sweep", "experiment"))
     if words.axes or words.intervals:
         raise UserError("an experiment's settings have one value each; several are the YAML's to say")
-    machine: Machine = construct(Machine, words.own["sweep"], "sweep")
+    machine: Machine = words.settings(Machine, "sweep")
     changes = words.own["experiment"]
     asked = Asked(
         name, build({**load(name, config_dir), **changes}), words.fixed,

@@ -95,7 +95,7 @@ def sweep(given: Sequence[str], config_dir: Path | None, board: Board) -> Path:
 
     """
     words = read(given, config_dir)
-    machine: Machine = construct(Machine, words.own["sweep"], "sweep")
+    machine: Machine = words.settings(Machine, "sweep")
     if words.resume is not None:
         folder = resumable(words, config_dir)
         start_server()

@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from fedsim import catalogue, misfit
+from fedsim.construct import construct
 from fedsim.errors import UserError
 
 
@@ -55,6 +56,19 @@ class Words(NamedTuple):
     def fixed_value(self, key: str) -> Any:
         """Return the value of an override that has one value; None if it is not given."""
         return next((o.value() for o in map(_parse, self.fixed) if o.key_or_group == key), None)
+
+    def settings(self, kind: type, space: str) -> Any:
+        """Return the command's own settings of a namespace as a dataclass of them.
+
+        Raises:
+            UserError: it has no such setting, or it is of a wrong type or out of its range.
+
+        """
+        known = dict.fromkeys(kind.__dataclass_fields__)  # type: ignore[attr-defined]  # it is a dataclass
+        for name in self.own[space]:
+            if name not in known:
+                raise UserError(misfit.no_setting([space], name, known, {}))
+        return construct(kind, self.own[space], space)
 
 
 def read(words: Sequence[str], config_dir: Path | None = None, namespaces: Sequence[str] = ("sweep",)) -> Words:

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedsim.construct import construct
 from fedsim.errors import UserError
 from fedsim.files import atomic
 from fedsim.folder import locked
@@ -68,7 +67,7 @@ def tune(given: Sequence[str], config_dir: Path | None, board: Board) -> Path:
 
     """
     words = read(given, config_dir, NAMESPACES)
-    machine: Machine = construct(Machine, words.own["sweep"], "sweep")
+    machine: Machine = words.settings(Machine, "sweep")
     if words.resume is not None:
         folder = resumable(words, config_dir)
         start_server()
@@ -121,7 +120,7 @@ def task_of(words: Words) -> Task:
         UserError: there is nothing to tune, or the seeds of search and report overlap.
 
     """
-    tuning: Tuning = construct(Tuning, words.own["tune"], "tune")
+    tuning: Tuning = words.settings(Tuning, "tune")
     swept = {axis.key: axis for axis in words.axes}
     unknown = [key for key in tuning.keys if key not in swept]
     if unknown and "each" in words.own["tune"]:
