@@ -12,6 +12,7 @@ from fedsim.errors import UserError
 from fedsim.study import page, verdict
 from fedsim.study.drive import OTHER_SEEDS, Asked, _judge, _overrides, _write, experiment
 from fedsim.study.figure import figure
+from fedsim.study.overview import with_overview
 from fedsim.study.spec import Study, build, load, merged
 from fedsim.sweep.board import Board
 
@@ -362,3 +363,51 @@ def test_a_wrong_word_is_found_before_anything_runs(toys, tmp_path):
         assert not (tmp_path / "x").exists()
     with pytest.raises(UserError, match="no experiment 'toi'"):
         experiment("toi", [], toys, Board())
+
+
+PAGE = """# Results
+
+Above.
+
+<!-- a -->
+## `a`
+
+**Not the experiment as written: `x=1`.**
+
+| claim | cell | difference, 95 % | verdict |
+|---|---|---|---|
+| first | c=1 | +1 ± 0.1 | holds |
+| first | c=2 | +0 ± 0.1 | not shown at this power |
+| first | **all** | | **holds in 1 of 2; not shown at this power in 1 of 2** |
+| second | all | -1 ± 1 | the opposite holds |
+
+| against its control | cell |
+|---|---|
+| x − y | all |
+
+| control of the experiment | cell | says |
+|---|---|---|
+| null: m − m | all | no difference |
+| positive: m − m cut short | all | no difference: **wrong** |
+<!-- /a -->
+
+<!-- b -->
+| claim | verdict |
+|---|---|
+| third | holds |
+<!-- /b -->
+"""
+
+
+def test_a_page_begins_with_all_its_claims():
+    text = with_overview(PAGE)
+    assert with_overview(text) == text
+    begin = text.index("<!-- overview -->")
+    assert text[:begin] == PAGE[: PAGE.index("<!-- a -->")]
+    assert text[text.index("<!-- a -->") :] == PAGE[PAGE.index("<!-- a -->") :]
+    assert text[begin:].splitlines()[3:6] == [
+        "| [`a`](#a) | first | holds in 1 of 2; not shown at this power in 1 of 2 | "
+        "**wrong in 1 of 2**, not as written |",
+        "|  | second | the opposite holds |  |",
+        "| [`b`](#b) | third | holds | none |",
+    ]

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fedsim.study.overview import with_overview
 from fedsim.study.spec import Claim, Study, merged
 from fedsim.study.verdict import Effect, overall
 
@@ -148,10 +149,10 @@ def tree(found: Findings, chosen: Sequence[Mapping[str, Any]]) -> dict[str, Any]
 
 
 def put(path: Path, name: str, text: str) -> None:
-    """Write a section into a page, in the place of the section of that name if there is one."""
+    """Write a section into a page, in the place of the one of that name if there is one, and the overview of all."""
     old = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     block = f"{begin}\n{text.rstrip()}\n{end}"
     there = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", flags=re.DOTALL)
     new = there.sub(lambda _: block, old) if there.search(old) else f"{old.rstrip()}\n\n{block}\n"
-    path.write_text(new, encoding="utf-8")
+    path.write_text(with_overview(new), encoding="utf-8")
