@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedsim.errors import UserError
-from fedsim.loading import loading
+from fedsim.loading import link_torch, loading
 
 if TYPE_CHECKING:
     from fedsim.console import Observer
@@ -34,6 +34,7 @@ class Stopped(KeyboardInterrupt):
 def run(given: Arguments) -> None:
     """Train one run, a set of replicas, or what `resume=` names."""
     with loading():
+        link_torch()
         from fedsim import config, console
 
         parsed = [config.parse(word) for word in given.words]

@@ -84,9 +84,11 @@ def _inputs(file: Path, train: npt.NDArray[Any], test: npt.NDArray[Any]) -> Tens
         raise UserError(f"{file}: x_train must be numbers, got {train.dtype}")
     target = np.float32 if kind in "fb" or train.dtype == np.uint8 else np.int64
     x = np.empty((len(train) + len(test), *train.shape[1:]), dtype=target)  # (N, …)
-    x[: len(train)], x[len(train) :] = train, test
-    if train.dtype == np.uint8:
-        x /= 255
+    for given, place in ((train, x[: len(train)]), (test, x[len(train) :])):
+        if train.dtype == np.uint8:
+            np.divide(given, np.float32(255), out=place)
+        else:
+            place[...] = given
     return torch.from_numpy(x)
 
 
