@@ -82,8 +82,9 @@ def build(
     task = replace(task, shift=built.shift)
     uplink = build_uplink(config, parts, task, adversary)
     _check_halves(strategy, client, None if uplink is None else uplink.compressor)
-    if "mimic" in getattr(strategy, "needs", ()):
-        strategy = _bound(strategy, mimic=Mimic.of(task))
+    mimic = Mimic.of(task) if "mimic" in getattr(strategy, "needs", ()) else None
+    if mimic is not None:
+        strategy = _bound(strategy, mimic=mimic)
     initial, buffers = initial_weights(model, names.shared), initial_buffers(model, names.buffers)
     task = replace(task, told=_first_broadcast(strategy, task))
     cohort = cohort_size(run.fraction, int((task.partition.sizes > 0).sum()))
@@ -99,6 +100,7 @@ def build(
         settings=run, dataset=dataset, partition=partition, local=local, splits=splits, task=task, engine=engine,
         strategy=strategy, sampler=sampler, mode=mode, evaluation=evaluation, initial=initial, initial_buffers=buffers,
         sampler_seed=seed_of(config.sampler.seed, run), plan={"why": reason}, config={}, tracker=tracker, uplink=uplink,
+        mimic=mimic,
     )  # fmt: skip
     if _is_app(client):
         clients = client.clients(

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedsim.clock import UNIT, Clock
 from fedsim.contracts import Dataset, Partition
 from fedsim.data.splits import ClientSplits
+from fedsim.engine.mimic import Mimic
 from fedsim.engine.task import Engine, Task
 from fedsim.local import Int64
 from fedsim.metrics.budget import Evaluation
@@ -43,6 +44,7 @@ class Experiment:
     uplink: Uplink | None = None  # compression and attacks, between clients and rule
     clock: Clock = UNIT  # how long jobs take
     tracker: Any = None  # told of the rounds beside the console, if there is one
+    mimic: Mimic | None = None  # of its clients, where the strategy has asked for it
     foreign: Any = None  # a Flower ClientApp's backend, where clients are not fedsim's
     notes: list[str] = field(default_factory=list)
 

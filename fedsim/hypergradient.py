@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedsim.local import LocalTraining
+from fedsim.local import LocalTraining, rates_of
 
 
 class RoundGradient(NamedTuple):
@@ -54,7 +54,7 @@ def round_gradient(
     # `unroll` holds its start fixed; moving it by o moves every loss by o.
     moved = torch.zeros_like(start).requires_grad_()  # (D,)
     updates = training.unroll(
-        lambda params, _: losses(params + moved), start.expand(len(share), -1), num_steps=num_steps, lr=lr
+        lambda params, _: losses(params + moved), start.expand(len(share), -1), rates=rates_of(num_steps, lr, start)
     )  # (S, D)
     with torch.enable_grad():
         update = share @ updates  # (D,)

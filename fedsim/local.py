@@ -76,16 +76,15 @@ class LocalTraining:
         return self.lr * self.lr_decay ** ((round - 1) // self.lr_decay_every)
 
     def unroll(
-        self, loss: Callable[[Tensor, int], Tensor], start: Tensor, *, num_steps: Tensor, lr: float | Tensor,
-        proximal_mu: float = 0.0, create_graph: bool = True,
+        self, loss: Callable[[Tensor, int], Tensor], start: Tensor, *, rates: Tensor, proximal_mu: float = 0.0,
+        create_graph: bool = True,
     ) -> Tensor:  # fmt: skip
         """Return the updates w − start (S, D) of S local rounds by sgd, differentiable through all their steps.
 
         Args:
             loss: (params (S, D), step) -> (S,), each row's loss of its own parameters alone.
             start: (S, D).
-            num_steps: (S,) int64 steps of each row.
-            lr: local rate, or (S, 1), one a row.
+            rates: (E, S) of each row's steps, 0 after its last one; see `rates_of`.
             proximal_mu: μ ≥ 0 in (μ/2)‖w − start‖².
             create_graph: False gives the same numbers without the graph.
 
@@ -98,7 +97,7 @@ class LocalTraining:
         start = start.detach()
         params, velocity = start, torch.zeros_like(start)  # (S, D)
         with torch.enable_grad():
-            for step in range(int(num_steps.max())):
+            for step, rate in enumerate(rates.unbind()):
                 if not params.requires_grad:
                     params = params.detach().requires_grad_()
                 (grads,) = torch.autograd.grad(loss(params, step).sum(), params, create_graph=create_graph)  # (S, D)
@@ -108,8 +107,7 @@ class LocalTraining:
                     grads = grads * (self.clip_norm / norm).clamp_max(1)
                 grads = grads + self.weight_decay * params
                 velocity = self.momentum * velocity + grads if self.momentum else grads
-                active = (step < num_steps).to(start)[:, None]  # (S, 1)
-                params = params - lr * active * velocity
+                params = params - rate[:, None] * velocity
                 if not create_graph:
                     params, velocity = params.detach(), velocity.detach()
         return params - start
@@ -130,6 +128,19 @@ class LocalTraining:
         if self.batch_size is None:
             return np.minimum(sizes, 1)
         return -(-sizes // self.batch_size)
+
+
+def rates_of(num_steps: Tensor, lr: float | Tensor, like: Tensor) -> Tensor:
+    """Return the rate (E, S) of each step of S rows, 0 after a row's last one.
+
+    Args:
+        num_steps: (S,) int64 steps of each row, of which E is the largest.
+        lr: local rate of all rows, or (S,), one a row.
+        like: for dtype and device.
+
+    """
+    step = torch.arange(int(num_steps.max()), device=num_steps.device)[:, None]  # (E, 1)
+    return (step < num_steps).to(like) * lr  # (E, S)
 
 
 class Schedule(NamedTuple):

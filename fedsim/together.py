@@ -16,6 +16,7 @@ from fedsim import checkpoint
 from fedsim.console import Observer
 from fedsim.data.kept import is_keeping, keeping
 from fedsim.engine.meeting import Meeting, Together
+from fedsim.engine.replay import Replay
 from fedsim.engine.replicas import why_apart
 from fedsim.errors import UserError
 from fedsim.experiment import Experiment
@@ -86,11 +87,14 @@ def _meet(waiting: Mapping[int, Launch], entrants: Sequence[Entrant], ended: Cal
         else:
             entrants[i].observer.note(f"its clients train apart from the other runs': {why}")
     bodies = []
+    replay = Replay()
     for i, built in waiting.items():
         experiment = built.experiment
         engine: Any = leader.engine if i in shared else experiment.engine
         plan = {**experiment.plan, "replicas": len(shared) if i in shared else 1}
         seated = replace(experiment, engine=meeting.seat(engine, experiment.task), plan=plan)
+        if seated.mimic is not None and i in shared:
+            seated.mimic.seat, seated.mimic.replay = seated.engine, replay
         bodies.append(partial(_body, i, replace(built, experiment=seated), entrants[i].observer, ended))
     meeting.run(bodies)
 

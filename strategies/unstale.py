@@ -26,7 +26,7 @@ from torch import Tensor
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
 from fedsim.rng import torch_generator
-from fedsim.strategies.inversion import Found, Inversion, Sought, largest, unique
+from fedsim.strategies.inversion import Found, Inversion, Late, Sought, largest, unique
 from fedsim.strategies.preaggregation import PreAggregator
 from fedsim.strategies.staleness import version
 
@@ -193,18 +193,19 @@ class Unstale(PreAggregator):
         weights = torch.stack([_padded(torch.full((b,), 1 / b, dtype=x.dtype), most) for b in counts])  # (S, B)
         kept = math.ceil(self.keep * updates.shape[1])
         mask = largest(updates, kept) if kept >= LEAST_KEPT else torch.ones_like(updates, dtype=torch.bool)
-        sought = Sought(
-            torch.stack([version(cohort, int(cohort.received[row]), updates) for row in rows]),
-            updates, mask, weights.to(updates), cohort.num_steps[rows],
-            tuple(int(cohort.received[row]) + 1 for row in rows),
+        now, steps = cohort.round, cohort.num_steps[rows]
+        then = tuple(int(cohort.received[row]) + 1 for row in rows)
+        late = Late(
+            Sought(
+                torch.stack([version(cohort, int(cohort.received[row]), updates) for row in rows]),
+                updates, mask, weights.to(updates), self.mimic.rates(steps, then, updates),
+            ),
+            x.to(updates), z.to(updates), version(cohort, now - 1, updates).expand_as(updates),
+            self.mimic.rates(steps, now, updates),
         )  # fmt: skip
-        found = self.inversion.search(self.mimic, sought, x.to(updates), z.to(updates))
-        newest = version(cohort, cohort.round - 1, updates).expand_as(updates)  # (S, D)
-        samples = (found.x, found.z, sought.weights)
-        estimates = self.inversion.local_round(
-            self.mimic, newest, samples, sought, round=cohort.round, create_graph=False
-        )
-        return found, estimates
+        inversion = self.inversion
+        solved: tuple[Found, Tensor] = self.mimic.together(now, inversion, inversion.estimates, late)
+        return solved
 
     def _begin(self, cohort: Cohort, state: State, row: int, count: int) -> tuple[Tensor, Tensor]:
         """Return where the search of a row begins: x (b, …) and z (b, C) of its client's last one, or noise."""

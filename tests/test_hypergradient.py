@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedsim.hypergradient import round_gradient
-from fedsim.local import LocalTraining
+from fedsim.local import LocalTraining, rates_of
 from fedsim.strategies.fedhyper import FedHyperG
 from fedsim.testing import cohort_of
 
@@ -34,7 +34,9 @@ TRAININGS = [
 
 def loss_after(training, losses, weights, start, lr):
     share = weights / weights.sum()
-    updates = training.unroll(lambda p, _: losses(p), start.expand(4, -1), num_steps=STEPS, lr=lr, create_graph=False)
+    updates = training.unroll(
+        lambda p, _: losses(p), start.expand(4, -1), rates=rates_of(STEPS, lr, start), create_graph=False
+    )
     return float(share @ losses((start + share @ updates).expand(4, -1)))
 
 

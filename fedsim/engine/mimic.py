@@ -7,24 +7,28 @@ which for pixels is public).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fedsim.engine.model import Functional
+from fedsim.engine.replay import Replay
 from fedsim.engine.task import Task
 from fedsim.errors import UserError
 from fedsim.layout import Layout
-from fedsim.local import LocalTraining
+from fedsim.local import LocalTraining, rates_of
 from fedsim.models.dropout import KeyedDropout
 
+P = TypeVar("P")
+R = TypeVar("R")
 Soft = Callable[[Tensor, Tensor, Tensor], Tensor]
 Samples = tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class Mimic:
     """Local rounds of S clients at once, on made-up samples with soft labels.
 
@@ -37,6 +41,8 @@ class Mimic:
         input_shape: of one sample.
         num_classes: C.
         bounds: (lowest, highest) value of an input.
+        replay: calls functions of many local rounds; replicas share one.
+        seat: where a replica waits until others have rows too; None: it is alone.
 
     """
 
@@ -48,6 +54,8 @@ class Mimic:
     input_shape: tuple[int, ...]
     num_classes: int
     bounds: tuple[float, float]
+    replay: Replay = field(default_factory=Replay)
+    seat: Any = None
 
     @classmethod
     def of(cls, task: Task) -> Mimic:
@@ -74,17 +82,29 @@ class Mimic:
             bounds=(float(task.x.min()), float(task.x.max())),
         )
 
+    def rates(self, num_steps: Tensor, round: int | Sequence[int], like: Tensor) -> Tensor:
+        """Return the local rate (S, E) of each step of S rows, 0 after a row's last one.
+
+        Args:
+            num_steps: (S,) int64.
+            round: whose local rate is used; (S,): each row's own.
+            like: for dtype and device.
+
+        """
+        if isinstance(round, int):
+            return rates_of(num_steps, self.training.rate(round), like).T
+        return rates_of(num_steps, like.new_tensor([self.training.rate(of) for of in round]), like).T
+
     def unroll(
-        self, start: Tensor, samples: Samples, *, num_steps: Tensor, round: int | Sequence[int],
-        criterion: Soft | None = None, create_graph: bool = True,
+        self, start: Tensor, samples: Samples, *, rates: Tensor, criterion: Soft | None = None,
+        create_graph: bool = True,
     ) -> Tensor:  # fmt: skip
         """Return the updates (S, D) of local rounds from start (S, D).
 
         Args:
             start: (S, D) models.
             samples: of S clients: x (S, B, …), labels (S, B, C), and weights (S, B), 1/b for b samples, 0 for padding.
-            num_steps: (S,) int64.
-            round: whose local rate is used; (S,): each row's own.
+            rates: (S, E) of `rates`.
             criterion: instead of the clients' own.
             create_graph: whether the result can be differentiated in the samples.
 
@@ -92,15 +112,25 @@ class Mimic:
         self.module.eval()
         soft = criterion or self.criterion
         x, labels, weights = samples
-        rates = [self.training.rate(of) for of in ([round] if isinstance(round, int) else round)]
         return self.training.unroll(
             lambda params, step: soft(self._logits(params, x), labels, weights),
-            start,
-            num_steps=num_steps,
-            lr=rates[0] if len(set(rates)) == 1 else start.new_tensor(rates)[:, None],
-            proximal_mu=self.proximal_mu,
-            create_graph=create_graph,
-        )
+            start, rates=rates.T, proximal_mu=self.proximal_mu, create_graph=create_graph,
+        )  # fmt: skip
+
+    def together(self, round: int, key: Hashable, solve: Callable[[Mimic, Sequence[P]], list[R]], part: P) -> R:
+        """Return what `solve` makes of a part; of replicas it is given the parts of all that have one, at once.
+
+        Args:
+            round: the run's; those behind are waited for.
+            key: parts of one key are solved together.
+            solve: (mimic, parts) -> as many results, each of which is its own part's alone.
+            part: rows of this run.
+
+        """
+        if self.seat is None:
+            return solve(self, [part])[0]
+        result: R = self.seat.solved(round, key, lambda parts: solve(self, parts), part)
+        return result
 
     def _logits(self, params: Tensor, x: Tensor) -> Tensor:
         model = Functional(self.module)
