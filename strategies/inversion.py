@@ -200,13 +200,13 @@ def _widened(values: Tensor, length: int) -> Tensor:
 
 
 def _room(rows: int) -> int:
-    """Return the next of 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on.
+    """Return the next of at most eight sizes in each doubling.
 
-    >>> [_room(rows) for rows in (1, 2, 3, 5, 7, 9, 13, 20)]
-    [1, 2, 3, 6, 8, 12, 16, 24]
+    >>> [_room(rows) for rows in (1, 7, 9, 13, 20, 37)]
+    [1, 7, 10, 14, 20, 40]
     """
-    power = 1 << (rows - 1).bit_length()
-    return 3 * power // 4 if power >= 4 and rows <= 3 * power // 4 else power
+    grain = max(1, (1 << (rows - 1).bit_length()) // 8)
+    return -(-rows // grain) * grain
 
 
 def _better(best: Found, x: Tensor, z: Tensor, disparity: Tensor) -> Found:

@@ -30,6 +30,7 @@ from fedsim.layout import Layout
 from fedsim.local import LocalTraining
 from fedsim.report.runs import read
 from fedsim.simulation import relaunch
+from fedsim.strategies import inversion
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.sweep.board import Board
 from fedsim.sweep.drive import sweep
@@ -286,6 +287,51 @@ def test_an_interrupt_unwinds_all_runs():
         meeting.run([lambda s=s, j=j: body(s, j) for s, (_, j) in zip(seats, problems, strict=True)])
     engine.close()
     assert unwound == seats
+
+
+def test_what_rules_compute_of_rows_is_computed_at_once_and_one_that_lags_catches_up():
+    problems = [problem(0, [4]), problem(1, [4])]
+    engine, meeting, at_once = Captured(problems[0][0], threads=1), Meeting(), []
+
+    def solve(parts):
+        at_once.append(parts)
+        if "bad" in parts:
+            raise ValueError("a part is wrong")
+        return [10 * part for part in parts]
+
+    def body(seat, name, rounds):
+        for number in rounds:
+            assert seat.solved(number, "key", solve, name) == 10 * name
+
+    def fail(seat):
+        with pytest.raises(ValueError, match="a part is wrong"):
+            seat.solved(3, "key", solve, "bad")
+        assert seat.solved(3, "other", lambda parts: parts, "apart") == "apart"
+
+    seats = [meeting.seat(engine, task) for task, _ in [*problems, problems[0]]]
+    meeting.run([lambda: body(seats[0], 1, (2, 3)), lambda: body(seats[1], 2, (1, 2, 3)), lambda: fail(seats[2])])
+    engine.close()
+    assert at_once == [[2], [1, 2], [1, 2, "bad"], [1], [2], ["bad"]]
+
+
+def test_inversions_of_replicas_are_those_of_runs_alone(here, monkeypatch):
+    """To rounding: as many rows as all replicas have late clients are one program."""
+    sizes, joined = [], inversion._joined
+    monkeypatch.setattr(inversion, "_joined", lambda parts: sizes.append(len(parts)) or joined(parts))
+    words = ["strategy=unstale", "strategy.iterations=4", "strategy.uniqueness=false", "partition=classes",
+             "partition.num_clients=10", "partition.classes_per_client=1", "fraction=1", "model=logreg", "threads=1",
+             "devices=intertwined", "mode=fixed_delay", "mode.delay=2", "num_rounds=4",
+             "metrics.every=100"]  # fmt: skip
+    results = fedsim.simulate(*words, replicas=3, folder="set")
+    assert sizes == [3, 3]
+    for seed, result in enumerate(results):
+        own = fedsim.simulate(*words, seed=seed, folder=f"alone{seed}")
+        mine, theirs = (
+            [json.loads(line)["inversion_disparity"] for line in (folder / "rounds.jsonl").read_text().splitlines()[2:]]
+            for folder in (result.folder, own.folder)
+        )
+        assert mine == pytest.approx(theirs, rel=1e-3)
+    assert sizes == [3, 3] + 6 * [1]
 
 
 def test_recorded_steps_of_another_run_are_its_own_to_the_bit():

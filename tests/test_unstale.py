@@ -22,7 +22,7 @@ from fedsim.layout import Layout
 from fedsim.local import LocalTraining
 from fedsim.loop import Loop
 from fedsim.strategies.fedavg import FedAvg
-from fedsim.strategies.inversion import Inversion, Sought, largest, unique
+from fedsim.strategies.inversion import Inversion, Late, Sought, largest, unique
 from fedsim.strategies.stale_weighted import StaleWeighted
 from fedsim.strategies.unstale import Unstale
 from fedsim.testing import cohort_of
@@ -207,6 +207,41 @@ def test_two_clients_at_once_are_each_alone():
         single = Inversion(iterations=20).search(mimic, alone, x[one], z[one])
         torch.testing.assert_close(single.disparity, both.disparity[one], rtol=1e-6, atol=0)
     torch.testing.assert_close(both.x[0, SIZES[0] :], x[0, SIZES[0] :])  # padding has no gradient and stays
+
+
+def late_part(mimic, seed, rows, samples):
+    """Return late updates of some rows, of which `samples` are sought each."""
+    sought, new, _ = sought_of(mimic)
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, samples, FEATURES, generator=rng, dtype=torch.float64).clamp(-2, 2)
+    z = torch.randn(2, samples, CLASSES, generator=rng, dtype=torch.float64)
+    sought = sought._replace(weights=torch.full((2, samples), 1 / samples, dtype=torch.float64))
+    part = Late(sought, x, z, new.expand(2, -1), mimic.rates(torch.tensor([5, 4]), 1, LIKE))
+    return Late(Sought(*(value[:rows] for value in part.sought)), *(value[:rows] for value in part[1:]))
+
+
+def test_parts_of_several_runs_are_each_alone():
+    """Of unlike numbers of rows and samples: padding weighs nothing."""
+    mimic, search = mimic_of(FULL), Inversion(iterations=12)
+    parts = [late_part(mimic, 0, 2, 5), late_part(mimic, 1, 1, 3), late_part(mimic, 2, 2, 6)]
+    together = search.estimates(mimic, parts)
+    for part, (found, updates) in zip(parts, together, strict=True):
+        ((alone, mine),) = search.estimates(mimic, [part])
+        assert found.x.shape == part.x.shape
+        torch.testing.assert_close(found.disparity, alone.disparity, rtol=1e-7, atol=0)
+        torch.testing.assert_close(updates, mine, rtol=1e-6, atol=1e-9)
+        plain = Inversion(iterations=12).search(Plain(mimic), part.sought, part.x, part.z)
+        torch.testing.assert_close(found.disparity, plain.disparity, rtol=1e-7, atol=0)
+
+
+class Plain:
+    """A mimic whose functions are called as they are."""
+
+    def __init__(self, mimic):
+        self.bounds, self.unroll = mimic.bounds, mimic.unroll
+
+    def replay(self, key, function, inputs):
+        return function(inputs)
 
 
 class Regression:
