@@ -47,6 +47,7 @@ class Loop:
         self.weights = experiment.initial.detach()  # (D,), never written to
         self.round = 0
         self.now = clock_of(experiment.engine)
+        self.waited = False  # whether it was said that nobody answered
         self.stopping = Stopping(experiment.settings, experiment.evaluation.every or 1)
         self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0, "record": 0.0}
         self.uplink = experiment.uplink
@@ -146,6 +147,9 @@ class Loop:
         if len(arrivals.clients):
             weights, metrics = self._aggregate(round, arrivals.clients)
             self._warn(round)
+        elif not self.waited:
+            self.waited = True
+            self.observer.warn(f"round {round}: nobody's reply arrived; such rounds leave the model as it is")
         weights = weights.to(self.task.device, self.task.dtype)
         if not bool(torch.isfinite(weights).all()):
             self.backend.buffers = buffers

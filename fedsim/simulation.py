@@ -226,6 +226,8 @@ def _rounds(
         if loop.round >= experiment.settings.num_rounds:
             observer.note(f"the run has its {loop.round} rounds already")
     observer.plan(plan_line(experiment.plan, None if loop.uplink is None else loop.uplink.adversary))
+    for line in experiment.notes:
+        observer.note(line)
     if slow := emulated(experiment.task.precision, experiment.task.device):
         observer.warn(slow)
     setup = time.perf_counter() - started

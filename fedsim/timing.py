@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import flop_registry
 
 from fedsim.clock import Clock, samples_passed
 from fedsim.config import Config, instantiate, plain
 from fedsim.devices.fleet import Fleet, Population
 from fedsim.dispatch import server_of
+from fedsim.engine.record import Watch
 from fedsim.engine.task import Job, Task
 from fedsim.errors import UserError
 from fedsim.experiment import Experiment
@@ -61,7 +63,25 @@ def timed(experiment: Experiment, config: Config, parts: Mapping[str, Any]) -> E
         raise UserError(f"devices.{error}") from error
     experiment = replace(experiment, clock=clock)
     _check(experiment)
-    return experiment
+    return replace(experiment, notes=[*experiment.notes, *_notes(experiment)])
+
+
+class Flops(Watch):  # type: ignore[no-untyped-call]
+    """Counts as torch's `FlopCounterMode` does, by its formulas; that one takes a second to load a compiler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and add what it takes."""
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def training_flops(task: Task) -> float:
@@ -70,16 +90,12 @@ def training_flops(task: Task) -> float:
     Products of matrices and convolutions count, as `torch.utils.flop_counter` does; six a parameter where a model has
     none (Kaplan et al., 2020, §2.1).
     """
-    from torch.utils.flop_counter import (
-        FlopCounterMode,
-    )  # here: it takes a second to import, and most runs have no clock
-
     task.module.eval()
-    with FlopCounterMode(display=False) as counter, torch.enable_grad():
+    with Flops() as counter, torch.enable_grad():
         task.module(task.x[:2]).sum().backward()
     for parameter in task.module.parameters():
         parameter.grad = None
-    flops = counter.get_total_flops() / len(task.x[:2])
+    flops = counter.total / len(task.x[:2])
     return flops if flops > 0 else 6.0 * max(1, task.shared.size + task.local.size)
 
 
@@ -136,3 +152,17 @@ def _check(experiment: Experiment) -> None:
         )
     if clock.partial_work < 1 and experiment.foreign is not None:
         raise UserError("devices.partial_work is done by fedsim's clients, not by a Flower ClientApp: set it to 1")
+
+
+def _notes(experiment: Experiment) -> list[str]:
+    """Return what a user may not expect of a mode."""
+    mode, rule, last = experiment.mode, experiment.strategy, experiment.settings.num_rounds
+    found = []
+    if getattr(rule, "for_staleness", False) and not mode.stale:
+        found.append(
+            f"{type(rule).__name__} is made for late updates, and in mode {type(mode).__name__} none comes late: "
+            "mode=async, mode=fixed_delay and mode=deadline mode.late=deliver have some"
+        )
+    if getattr(mode, "delay", 0) >= last:
+        found.append(f"mode.delay={mode.delay}: nothing of the slow clients arrives in {last} rounds")
+    return found

@@ -92,7 +92,8 @@ def _meet(waiting: Mapping[int, Launch], entrants: Sequence[Entrant], ended: Cal
         experiment = built.experiment
         engine: Any = leader.engine if i in shared else experiment.engine
         plan = {**experiment.plan, "replicas": len(shared) if i in shared else 1}
-        seated = replace(experiment, engine=meeting.seat(engine, experiment.task), plan=plan)
+        notes = experiment.notes if experiment is leader else []  # the others' are the same
+        seated = replace(experiment, engine=meeting.seat(engine, experiment.task), plan=plan, notes=notes)
         if seated.mimic is not None and i in shared:
             seated.mimic.seat, seated.mimic.replay = seated.engine, replay
         bodies.append(partial(_body, i, replace(built, experiment=seated), entrants[i].observer, ended))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -35,6 +36,8 @@ class AsynTiers:
     """
 
     bounds: tuple[int, ...] = (0, 20)
+
+    for_staleness: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.bounds or self.bounds[0] < 0 or sorted(set(self.bounds)) != list(self.bounds):

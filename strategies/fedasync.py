@@ -10,6 +10,7 @@ which for one reply is the paper's rule. The paper's clients add a proximal term
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -40,6 +41,8 @@ class FedAsync(LinearRule):
     discount: str = "polynomial"
     a: float = 0.5
     b: float = 4.0
+
+    for_staleness: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:

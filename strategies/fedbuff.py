@@ -9,6 +9,7 @@ The divisor is K, not Σ s: a buffer of old updates takes a small step. Run it w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class FedBuff(LinearRule):
     a: float = 0.5
     b: float = 4.0
     weighted: bool = False
+
+    for_staleness: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.server_lr > 0:

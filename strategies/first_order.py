@@ -9,6 +9,7 @@ The paper's has gradients: with Δ = −η g its coefficient is λ' = η λ.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -32,6 +33,8 @@ class FirstOrder(PreAggregator):
     """
 
     compensation: float = 4.0
+
+    for_staleness: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.compensation >= 0:

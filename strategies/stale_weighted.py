@@ -8,6 +8,7 @@ The weights stay: the mean's divisor is that of fresh updates. Around FedAvg wit
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -29,6 +30,8 @@ class StaleWeighted(Scaling):
     """
 
     half_life: float = 20.0
+
+    for_staleness: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.half_life > 0:

@@ -80,6 +80,8 @@ class Unstale(PreAggregator):
 
     mimic: ClassVar[Any] = None  # the clients' local round; `bind` gives an instance its own
 
+    for_staleness: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"Unstale's preset is one of {', '.join(PRESETS)}, got {self.preset!r}")

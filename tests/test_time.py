@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.build import build
 from fedsim.config import compose
@@ -20,6 +22,7 @@ from fedsim.report import tables
 from fedsim.report.runs import read
 from fedsim.simulation import resume, simulate
 from fedsim.study.spec import merged
+from fedsim.timing import Flops
 
 SMALL = ("partition.num_clients=8", "fraction=1", "model=logreg", "threads=1", "metrics.every=100",
          "checkpoint.every=1")  # fmt: skip
@@ -388,3 +391,68 @@ def test_time_to_accuracy_is_in_the_summary_and_a_metric_of_reports(tmp_path):
     assert {"reached.0.3.rounds", "reached.0.3.bytes"} <= set(known)
     with pytest.raises(UserError, match="targets"):
         build(compose(merged(words, ["metrics.targets=[90]"])))
+
+
+MODELS = {
+    "dense": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 7), nn.ReLU(), nn.Linear(7, 10)),
+    "convolutions": lambda: nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2), nn.GroupNorm(2, 4), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2), nn.Flatten(),
+        nn.LazyLinear(10),
+    ),
+    "attention": lambda: nn.Sequential(
+        nn.Flatten(2), nn.TransformerEncoderLayer(64, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(64, 10)
+    ),
+    "recurrent": lambda: Last(nn.GRU(8, 5, batch_first=True)),
+}  # fmt: skip
+
+
+class Last(nn.Module):
+    def __init__(self, cell):
+        super().__init__()
+        self.cell, self.head = cell, nn.Linear(5, 10)
+
+    def forward(self, x):
+        return self.head(self.cell(x.flatten(1, 2))[0][:, -1])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_operations_are_those_that_torch_counts(name):
+    model = MODELS[name]().eval()
+    x = torch.randn(2, 1, 8, 8)
+    model(x)
+    counts = []
+    for counter in (FlopCounterMode(display=False), Flops()):
+        with counter:
+            model(x).sum().backward()
+        counts.append(counter.total if isinstance(counter, Flops) else counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_it_is_said_when_nobody_can_be_late(tmp_path):
+    def notes(*overrides):
+        return build(compose(merged(SMALL, ["num_rounds=6"], overrides))).notes
+
+    (note,) = notes("strategy=stale_weighted")
+    assert "StaleWeighted is made for late updates, and in mode Sync none comes late" in note
+    assert notes("strategy=stale_weighted", "mode=deadline", "mode.deadline=1")
+    assert not notes("strategy=stale_weighted", "mode=async", "mode.buffer=4")
+    assert not notes("strategy=fedavg")
+    slow = ("mode=fixed_delay", "devices=tiers", "strategy=stale_weighted")
+    (note,) = notes(*slow, "mode.delay=6")
+    assert "nothing of the slow clients arrives in 6 rounds" in note
+    assert not notes(*slow, "mode.delay=5")
+
+
+def test_it_is_said_once_that_nobody_answered(tmp_path):
+    heard = []
+
+    class Ear(Observer):
+        def warn(self, line):
+            heard.append(line)
+
+    words = merged(SMALL, ["num_rounds=3", "mode=deadline", "mode.deadline=1e-9", "devices=uniform"])
+    loop = Loop(build(compose(words)), tmp_path, Ear())
+    first = loop.weights.clone()
+    loop.run()
+    assert heard == ["round 1: nobody's reply arrived; such rounds leave the model as it is"]
+    assert torch.equal(loop.weights, first)
