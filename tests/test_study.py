@@ -159,6 +159,14 @@ def _an_arm_comes_later(go, folder, toys, stamp):
     assert len(found) == 2 * 4 * 2
     for alpha, seed in ((1.0, 0), (1.0, 1), (5.0, 0), (5.0, 1)):
         assert found["early", alpha, seed]["loss"] == pytest.approx(found["a", alpha, seed]["loss"], rel=1e-4)
+    # and metrics to show beside
+    yaml.write_text(yaml.read_text() + "beside: [loss]\n")
+    text = go()[1]
+    assert stamp == {path: path.stat().st_mtime_ns for path in stamp}
+    table = text.split("of which nothing was asked: loss.")[1].splitlines()
+    loss = np.mean([found["early", 5.0, seed]["loss"] for seed in (0, 1)])
+    assert table[4].split("|")[1].strip() == "early"
+    assert float(table[4].split("|")[3]) == pytest.approx(loss, rel=1e-3)
     yaml.write_text(yaml.read_text().replace("client.lr=0.0001,0.3", "client.lr=0.0001,0.2"))
     with pytest.raises(UserError, match="holds another experiment"):
         go()
@@ -317,6 +325,16 @@ def test_a_figure_that_no_run_has_is_the_users_to_mend(tmp_path):
         figure(study, tmp_path, row)
     with pytest.raises(UserError, match="along: rounds have no rounds; they have loss, round"):
         figure(Study(claims=[CLAIM], arms=ARMS, metric="loss", target=0.1, along="rounds"), tmp_path, row)
+
+
+def test_a_metric_may_name_a_setting_of_the_cell(tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "rounds.jsonl").write_text('{"round": 1, "recall_2": 0.25, "recall_5": 0.5}\n', encoding="utf-8")
+    study = Study(claims=[CLAIM], arms=ARMS, metric="recall_{devices.target_class}")
+    assert figure(study, tmp_path, {"trial": "0", "devices.target_class": 5}) == 0.5
+    assert figure(study, tmp_path, {"trial": "0", "devices.target_class": 2}) == 0.25
+    with pytest.raises(UserError, match="no setting of the cells"):
+        figure(study, tmp_path, {"trial": "0", "mode.delay": 2})
 
 
 def test_bytes_until_a_target_go_on_after_a_round_in_which_nobody_arrived(tmp_path):

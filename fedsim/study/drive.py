@@ -138,7 +138,7 @@ def _claim_folder(folder: Path, asked: Asked) -> list[str]:
 
 def _grown(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Return whether a description is another's with nothing but further arms and other claims."""
-    free = ("arms", "claims", "null_control", "positive_control", "smallest")
+    free = ("arms", "claims", "null_control", "positive_control", "smallest", "beside")
     before, after = old.pop("spec"), dict(new)
     spec = after.pop("spec")
     kept = {name: spec["arms"].get(name) for name in before["arms"]} == before["arms"]
@@ -248,9 +248,13 @@ def _judge(asked: Asked, folder: Path, rows: Sequence[table.Row]) -> page.Findin
     study = asked.study
     figures: dict[tuple[str, str], list[float]] = {}
     names = {page.cell_name(cell[1]): cell[1] for cell in study.cells}
+    asides = {metric: replace(study, metric=metric, target=None) for metric in study.beside}
+    beside: dict[str, dict[tuple[str, str], list[float]]] = {metric: {} for metric in asides}
     for row in rows:
-        cell = page.cell_name({key: row[key] for key in next(iter(names.values()))})
-        figures.setdefault((cell, row["arm"]), []).append(figure(study, folder / "report", row))
+        key = page.cell_name({key: row[key] for key in next(iter(names.values()))}), row["arm"]
+        figures.setdefault(key, []).append(figure(study, folder / "report", row))
+        for metric, aside in asides.items():
+            beside[metric].setdefault(key, []).append(figure(aside, folder / "report", row))
 
     best = max if study.sign > 0 else min
     for cell in names:
@@ -280,7 +284,8 @@ def _judge(asked: Asked, folder: Path, rows: Sequence[table.Row]) -> page.Findin
     finite = {key: [value for value in values if math.isfinite(value)] for key, values in figures.items()}
     means = {key: sum(values) / len(values) if values else math.nan for key, values in finite.items()}
     diverged = {key: len(values) - len(finite[key]) for key, values in figures.items()}
-    return page.Findings(lines, checks, means, diverged)
+    others = {metric: {key: sum(v) / len(v) for key, v in values.items()} for metric, values in beside.items()}
+    return page.Findings(lines, checks, means, diverged, others)
 
 
 def _write(path: Path, tree: Any) -> None:

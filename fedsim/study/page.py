@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Findings:
     checks: Mapping[str, Sequence[Effect]]  # "null" and "positive" → an effect a cell
     means: Mapping[tuple[str, str], float]  # (cell, arm) → mean of what is compared, over runs that did not diverge
     diverged: Mapping[tuple[str, str], int]  # (cell, arm) → runs that did
+    beside: Mapping[str, Mapping[tuple[str, str], float]] = field(default_factory=dict)  # metric → (cell, arm) → mean
 
 
 def cell_name(values: Mapping[str, Any]) -> str:
@@ -76,6 +77,8 @@ def section(
         lines += [f"| {line.claim.arm} − {control} | {_row(e)} |" for line, control, e in beside]
     lines += _checks(found)
     lines += ["", _means(study, found), ""]
+    for metric, means in found.beside.items():
+        lines += [f"Beside, of which nothing was asked: {metric}.", "", _table(study, found, means), ""]
     edges = [f"{one['arm']}, {one['cell']}: {edge}" for one in chosen for edge in one["edges"]]
     if edges:
         lines += ["On the edge of what was tried, so that the best may lie beyond: " + "; ".join(edges) + ".", ""]
@@ -118,10 +121,18 @@ def _checks(found: Findings) -> list[str]:
 
 
 def _means(study: Study, found: Findings) -> str:
+    head = "geometric mean" if study.scale == "log" else "arm"
+    return _table(study, found, {key: _mean(study, found, key) for key in found.means}, head)
+
+
+def _table(study: Study, found: Findings, means: Mapping[tuple[str, str], str | float], head: str = "arm") -> str:
+    """Return a table of arms by cells; an arm without runs of its own may be missing."""
     cells = list(dict.fromkeys(cell for cell, _ in found.means))
-    mean = "geometric mean" if study.scale == "log" else "arm"
-    rows = [f"| {mean} | {' | '.join(cells)} |", "|---" * (len(cells) + 1) + "|"]
-    rows += [f"| {arm} | {' | '.join(_mean(study, found, (cell, arm)) for cell in cells)} |" for arm in study.methods]
+    rows = [f"| {head} | {' | '.join(cells)} |", "|---" * (len(cells) + 1) + "|"]
+    for arm in study.methods:
+        values = [means.get((cell, arm)) for cell in cells]
+        if None not in values:
+            rows.append(f"| {arm} | {' | '.join(v if isinstance(v, str) else f'{v:.4g}' for v in values)} |")
     return "\n".join(rows)
 
 
@@ -144,6 +155,8 @@ def tree(found: Findings, chosen: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         "checks": {role: [asdict(e) for e in effects] for role, effects in found.checks.items()},
         "means": [{"cell": cell, "arm": arm, "mean": mean, "diverged": found.diverged[cell, arm]}
                   for (cell, arm), mean in found.means.items()],
+        "beside": [{"metric": metric, "cell": cell, "arm": arm, "mean": mean}
+                   for metric, means in found.beside.items() for (cell, arm), mean in means.items()],
         "chosen": list(chosen),
     }  # fmt: skip
 

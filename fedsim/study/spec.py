@@ -60,7 +60,9 @@ class Study:
         arms: name → overrides, or {set, tune, like, reseed, replays}, or {best}.
         base: overrides of every run.
         settings: settings with several values; their product are the cells.
-        metric: column of a run's summary, or of its last round, that is compared; with a target, of its rows.
+        metric: column of a run's summary, or of its last round, that is compared; with a target, of its rows. It may
+            name a setting of the cells: "recall_{devices.target_class}".
+        beside: metrics whose means are shown, at runs' ends, and by which nothing is judged.
         target: what the metric has to reach; then the first `along` where it does is compared, less is better, and
             a run that never does counts as its end.
         along: "round" or another column that grows, "simulated_seconds", "bytes_up".
@@ -84,6 +86,7 @@ class Study:
     base: Sequence[str] = ()
     settings: Sequence[str] = ()
     metric: str = "accuracy"
+    beside: Sequence[str] = ()
     target: float | None = None
     along: str = "round"
     better: Literal["higher", "lower"] = "higher"
