@@ -22,7 +22,7 @@ from fedsim.layout import Layout
 from fedsim.local import LocalTraining
 from fedsim.loop import Loop
 from fedsim.strategies.fedavg import FedAvg
-from fedsim.strategies.inversion import Inversion, Late, Sought, largest, unique
+from fedsim.strategies.inversion import Inversion, Late, Sought, _adam, largest, unique
 from fedsim.strategies.stale_weighted import StaleWeighted
 from fedsim.strategies.unstale import Unstale
 from fedsim.testing import cohort_of
@@ -218,6 +218,19 @@ def late_part(mimic, seed, rows, samples):
     sought = sought._replace(weights=torch.full((2, samples), 1 / samples, dtype=torch.float64))
     part = Late(sought, x, z, new.expand(2, -1), mimic.rates(torch.tensor([5, 4]), 1, LIKE))
     return Late(Sought(*(value[:rows] for value in part.sought)), *(value[:rows] for value in part[1:]))
+
+
+def test_a_step_of_the_search_is_adams():
+    value = torch.zeros(4, dtype=torch.float64)
+    theirs = value.clone().requires_grad_()
+    optimizer, first, second = torch.optim.Adam([theirs], lr=0.3), value, value
+    for k in range(1, 6):
+        gradient = torch.as_tensor(np.random.default_rng(k).normal(size=4))
+        theirs.grad = gradient
+        optimizer.step()
+        lr, bias = (torch.tensor(v, dtype=torch.float64) for v in (0.3 / (1 - 0.9**k), 1 - 0.999**k))
+        value, first, second = _adam(value, gradient, first, second, lr, bias)
+        torch.testing.assert_close(value, theirs.detach(), rtol=1e-12, atol=0)
 
 
 def test_parts_of_several_runs_are_each_alone():
