@@ -88,7 +88,8 @@ def test_a_trace_is_read_in_turn_or_by_client(tmp_path):
     np.testing.assert_array_equal(fleet.speed, [1, 2, 1, 2, 1, 2])
     np.testing.assert_array_equal(fleet.up, [100, 200, 100, 200, 100, 200])
     rows = [f"{9 - k},1,{k % 2},1,{k}" for k in (5, 3, 1, 0, 2, 4)]
-    path.write_text("\n".join(["speed,down_bandwidth,slow,up_bandwidth,client", *rows]))
+    table = "\n".join(["client,speed,down_bandwidth,slow,up_bandwidth", *(f"{r[-1]},{r[:-2]}" for r in rows)])
+    path.write_text(table, encoding="utf-8-sig")  # as spreadsheets write it, with a mark in front of the first name
     fleet = Trace(path=path)(population(COUNTS), 0)
     np.testing.assert_array_equal(fleet.speed, [9, 8, 7, 6, 5, 4])
     np.testing.assert_array_equal(fleet.slow, [0, 1, 0, 1, 0, 1])

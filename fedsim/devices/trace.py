@@ -41,7 +41,7 @@ class Trace:
     def __call__(self, population: Population, seed: int) -> Fleet:
         """Return the fleet (P,)."""
         assert self.path is not None  # refused when built
-        with open(self.path, newline="", encoding="utf-8") as file:
+        with open(self.path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             names = tuple(name.strip() for name in reader.fieldnames or ())
             reader.fieldnames = names
