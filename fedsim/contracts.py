@@ -17,7 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from fedsim.layout import Layout, Params
-from fedsim.linalg import combine, square_norms
+from fedsim.linalg import combine, row_norms, square_norms
+from fedsim.mapped import Mapped, Rows, taken
 from fedsim.rng import generator
 
 State = dict[str, Any]
@@ -34,7 +35,7 @@ class Cohort:
     Rules must not write into any of it.
     """
 
-    updates: Tensor | None  # (K, D) Δ_k = w_k − w_received; None when the engine streamed them
+    updates: Rows | None  # (K, D) Δ_k = w_k − w_received, or a map of such; None when the engine streamed them
     weights: Tensor  # (K,) n_k ≥ 0, un-normalised; samples unless the objective's `finish` says otherwise
     clients: Tensor  # (K,) int64 ids, ascending
     num_steps: Tensor  # (K,) int64 local steps done
@@ -56,7 +57,18 @@ class Cohort:
 
     @property
     def rows(self) -> Tensor:
-        """(K, D) updates.
+        """(K, D) updates; those that a rule around this one maps are written out.
+
+        Raises:
+            ValueError: the engine streamed this cohort, so its rows were never held.
+
+        """
+        rows = self.matrix
+        return rows.written if isinstance(rows, Mapped) else rows
+
+    @property
+    def matrix(self) -> Rows:
+        """(K, D) updates as `fedsim.linalg` and `fedsim.order` take them: not written out where they are mapped.
 
         Raises:
             ValueError: the engine streamed this cohort, so its rows were never held.
@@ -70,7 +82,7 @@ class Cohort:
         """Return the cohort of some rows: an int64 index tensor or a bool mask (K,)."""
         return replace(
             self,
-            updates=None if self.updates is None else self.updates[rows.to(self.updates.device)],
+            updates=None if self.updates is None else taken(self.updates, rows),
             extras={name: value[rows] for name, value in self.extras.items()},
             **{
                 name: getattr(self, name)[rows] for name in ("weights", "clients", "num_steps", "staleness", "received")
@@ -170,7 +182,7 @@ def summed(cohort: Cohort, rule: LinearRule, state: State, factors: Tensor | Non
         factors: (K,) f_k that make Δ_k f_k Δ_k; None: 1.
 
     """
-    updates = cohort.rows
+    updates = cohort.matrix
     c = rule.coefficients(cohort, state).to(updates.dtype)  # (K,)
     f = None if factors is None else factors.to(c)  # (K,)
     mean = combine(c if f is None else c * f, updates) / c.sum()  # (D,)
@@ -179,7 +191,7 @@ def summed(cohort: Cohort, rule: LinearRule, state: State, factors: Tensor | Non
     light = replace(cohort, updates=None, extras=kept)
 
     def norms() -> Tensor:
-        squares = square_norms(updates)  # (K,)
+        squares = row_norms(updates).square().to(c) if isinstance(updates, Mapped) else square_norms(updates)  # (K,)
         return squares if f is None else squares * f.to(squares).square()
 
     return replace(light, streamed=Streamed(mean, Sums(light, c, norms, reduced)))

@@ -10,42 +10,42 @@ the given ones are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
+from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.place import beside as beside
-from fedsim.place import blocks, elsewhere
+from fedsim import place
+from fedsim.mapped import Mapped, Rows, source_of
+from fedsim.mapped import mapped as mapped
+from fedsim.place import blocks, each, elsewhere, full_precision, threads_for
+from fedsim.place import map_columns as map_columns
 
 BLOCK = 1 << 16
-"""Columns that one matrix product sums in the updates' own precision; blocks are added up in float64."""
+"""Columns of a block, whose sums are added up in float64."""
 
-SORT_BLOCK = 1 << 13
-"""Columns that are transposed and sorted at once, so that a block of fifty clients stays in a core's cache."""
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Do float32 matrix products in float32: TF32 keeps 10 bits, and a Gram matrix squares the loss."""
-    before = torch.get_float32_matmul_precision() if device.type == "cuda" else "highest"
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+PRODUCT = 1 << 12
+"""Columns that one product sums in the updates' own precision on a CPU: fifty rows of them are nearly cached."""
 
 
-def gram(updates: Tensor, origin: Tensor | None = None) -> Tensor:
+def beside(updates: Rows) -> Tensor:
+    """Return an empty tensor (0,) of the updates' dtype, on the device where what is computed of them is left."""
+    return place.beside(source_of(updates))
+
+
+def gram(updates: Rows, origin: Tensor | None = None) -> Tensor:
     """Return X Xᵀ (K, K) in float64 of updates X (K, D), or of their differences from an origin (D,).
 
     Products of float32 rows are taken in float32 and, where those would overflow or underflow, in float64.
     """
+    if isinstance(updates, Mapped):
+        if origin is not None:
+            return gram(updates.written, origin)
+        return updates.matrix @ gram(updates.source) @ updates.matrix.T
     inner = _gram(updates, None, origin)  # (K, K)
     if updates.dtype == torch.float64 or updates.shape[1] == 0:
         return inner
@@ -57,14 +57,50 @@ def gram(updates: Tensor, origin: Tensor | None = None) -> Tensor:
 
 def _gram(updates: Tensor, dtype: torch.dtype | None = None, origin: Tensor | None = None) -> Tensor:
     home = beside(updates)
+    dtype = dtype or updates.dtype
+    on_cpu = home.device.type == "cpu" and dtype in (torch.float32, torch.float64)
+    width = PRODUCT if on_cpu else BLOCK
     total = home.new_zeros(len(updates), len(updates), dtype=torch.float64)  # (K, K)
-    with full_precision(home.device):
-        for columns, part in blocks(updates, BLOCK):
-            block = part.to(dtype or part.dtype)
+
+    def product(part: tuple[slice, Tensor]) -> Tensor:
+        columns, block = part
+        inner = torch.zeros_like(total)  # (K, K)
+        for first in range(0, block.shape[1], width):
+            x = block[:, first : first + width].to(dtype)
             if origin is not None:  # a block at a time: all the differences are another matrix
-                block = block - origin[columns]
-            total += (block @ block.T).double()
+                x = x - origin[columns][first : first + width]
+            inner += _square(x) if on_cpu else x @ x.T
+        return inner
+
+    with full_precision(home.device), _one_thread_a_product():
+        threads = threads_for(home.device)
+        parts = blocks(updates, BLOCK)
+        for part in each(product, list(parts), threads) if threads > 1 else map(product, parts):
+            total += part
     return total
+
+
+def _square(x: Tensor) -> Tensor:
+    values = x.numpy()
+    with np.errstate(all="ignore"):  # what overflows is infinite, as in torch
+        return torch.from_numpy(values @ values.T)  # NumPy's BLAS takes half of a product with itself, torch's all
+
+
+_threads = Lock()
+
+
+@cache
+def _blas() -> Any:
+    from threadpoolctl import ThreadpoolController  # looks through the libraries that are loaded: a dozen milliseconds
+
+    return ThreadpoolController()
+
+
+@contextmanager
+def _one_thread_a_product() -> Iterator[None]:
+    """Have NumPy's products done by the thread that asks, so that no sum hangs on how many there are."""
+    with _threads, _blas().limit(limits=1, user_api="blas"):
+        yield
 
 
 def grams(updates: Tensor, columns: Sequence[slice]) -> Tensor:
@@ -72,8 +108,10 @@ def grams(updates: Tensor, columns: Sequence[slice]) -> Tensor:
     return torch.stack([gram(updates[:, part]) for part in columns])  # (L, K, K)
 
 
-def combine(coefficients: Tensor, updates: Tensor) -> Tensor:
+def combine(coefficients: Tensor, updates: Rows) -> Tensor:
     """Return Σ_k a_k x_k (D,) of coefficients a (K,) and updates (K, D), in the updates' precision."""
+    if isinstance(updates, Mapped):
+        return combine(coefficients.double() @ updates.matrix, updates.source)
     home = beside(updates)
     a = coefficients.to(home)  # (K,)
     with full_precision(home.device):
@@ -97,30 +135,6 @@ def against(updates: Tensor, vectors: Tensor) -> Tensor:
         return total
 
 
-def map_columns(updates: Tensor, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """Return the matrix (M, D) that a function makes of updates (K, D), column by column.
-
-    Args:
-        updates: (K, D).
-        function: from a block (K, d) and its columns to (M, d).
-
-    Returns:
-        (M, D), where the updates are.
-
-    """
-    if not elsewhere():
-        return function(updates, slice(0, updates.shape[1]))  # (M, D)
-    result = updates.new_empty(0)
-    for columns, block in blocks(updates, BLOCK):
-        part = function(block, columns)  # (M, d)
-        if not len(result):
-            result = torch.empty(
-                len(part), updates.shape[1], dtype=part.dtype, device=updates.device, pin_memory=updates.is_pinned()
-            )  # (M, D)
-        result[:, columns] = part
-    return result
-
-
 def mean_of(weights: Tensor, updates: Tensor) -> Tensor:
     """Return Σ_k p_k x_k (D,) with p = weights / Σ weights (K,)."""
     return combine(proportions(weights), updates)
@@ -132,19 +146,22 @@ def proportions(weights: Tensor, least: float = 0.0) -> Tensor:
     return share if least == 0 else share.clamp_min(least) / share.clamp_min(least).sum()
 
 
-def square_distances(updates: Tensor) -> Tensor:
+def square_distances(updates: Rows) -> Tensor:
     """Return ‖x_i − x_j‖² (K, K) in float64 of updates (K, D), through their Gram matrix.
 
     Where float32 rows lie so close that the difference of their products is rounding noise, the products are
     taken in float64.
     """
-    distances, trusted = _distances(gram(updates))
+    source, by = source_of(updates), updates.matrix if isinstance(updates, Mapped) else None
+    distances, trusted = _distances(gram(source), by)
     if updates.dtype != torch.float64 and not bool(trusted):
-        distances, _ = _distances(_gram(updates, torch.float64))
+        distances, _ = _distances(_gram(source, torch.float64), by)
     return distances
 
 
-def _distances(inner: Tensor) -> tuple[Tensor, Tensor]:
+def _distances(inner: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if by is not None:
+        return _mapped_distances(inner, by)
     norms = inner.diagonal()  # (K,)
     total = norms[:, None] + norms[None, :]  # (K, K)
     # Symmetric to the bit, which BLAS does not promise of the Gram: Krum breaks exact ties of nearest pairs.
@@ -154,52 +171,18 @@ def _distances(inner: Tensor) -> tuple[Tensor, Tensor]:
     return distances.fill_diagonal_(0), trusted
 
 
+def _mapped_distances(inner: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
+    """Return those of M X from X Xᵀ (K, K) and M (M, K): equal rows of M are at no distance, to the bit."""
+    squares, _ = _distances(by @ inner @ by.T)  # (M, M)
+    reach = by.abs() @ inner.diagonal().clamp_min(0).sqrt()  # (M,) the norm of a row whose terms point one way
+    total = reach.square()[:, None] + reach.square()  # (M, M)
+    alike = (by[:, None] == by).all(2)  # (M, M)
+    return squares.masked_fill(alike, 0), ((squares >= 1e-3 * total) | alike).all()
+
+
 def largest_entry(updates: Tensor) -> Tensor:
     """Return the largest magnitude () of updates (K, D)."""
     return torch.stack([block.abs().amax() for _, block in blocks(updates, BLOCK)]).amax()
-
-
-def reduce_columns(updates: Tensor, reduce: Callable[[Tensor], Tensor], rows: Tensor | slice = slice(None)) -> Tensor:
-    """Apply a function of order statistics to every column of some rows of updates (K, D).
-
-    Blocks of columns go to as many threads as torch has: the same bits for any number.
-
-    Args:
-        updates: (K, D).
-        reduce: from (d, k), each row one coordinate's k values in ascending order, to (d,).
-        rows: which of the K rows count, an index or a bool mask; all.
-
-    Returns:
-        (D,).
-
-    """
-    result = beside(updates).new_empty(updates.shape[1])  # (D,)
-    if elsewhere():
-        for columns, block in blocks(updates, SORT_BLOCK):
-            result[columns] = reduce(_sorted(block[rows]))
-        return result
-
-    def fill(first: int) -> None:
-        block = updates[:, first : first + SORT_BLOCK]
-        result[first : first + SORT_BLOCK] = reduce(_sorted(block[rows]))
-
-    starts = range(0, len(result), SORT_BLOCK)
-    threads = min(len(starts), torch.get_num_threads()) if updates.device.type == "cpu" else 1
-    if threads < 2:
-        for first in starts:
-            fill(first)
-        return result
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(fill, starts))  # the list raises what a thread has raised
-    return result
-
-
-def _sorted(block: Tensor) -> Tensor:
-    if block.device.type == "cpu" and block.dtype in (torch.float32, torch.float64):
-        columns = block.numpy().T.copy()  # (d, k) contiguous
-        columns.sort(axis=1)  # NumPy sorts short contiguous rows with SIMD, twenty times torch's speed
-        return torch.from_numpy(columns)
-    return block.T.contiguous().sort(dim=1).values  # (d, k)
 
 
 class _Dot(torch.autograd.Function):
@@ -236,8 +219,12 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return product
 
 
-def row_norms(updates: Tensor) -> Tensor:
+def row_norms(updates: Rows) -> Tensor:
     """Return ‖x_k‖ (K,) in float64 of updates (K, D), whose squares may overflow or underflow their precision."""
+    if isinstance(updates, Mapped):
+        if updates.by.dim() == 1:
+            return updates.by.abs() * row_norms(updates.source)
+        return gram(updates).diagonal().clamp_min(0).sqrt()
     squares = square_norms(updates).double()  # (K,)
     for row in torch.nonzero(~(torch.isfinite(squares) & (squares > 1e-24))).flatten().tolist():
         squares[row] = sum(block.double().square().sum() for _, block in blocks(updates[row : row + 1], BLOCK))
@@ -266,36 +253,3 @@ def finite_rows(updates: Tensor) -> Tensor:
     for row in torch.nonzero(~finite).flatten().tolist():
         finite[row] = all(bool(torch.isfinite(block).all()) for _, block in blocks(updates[row : row + 1], BLOCK))
     return finite
-
-
-def middle(columns: Tensor) -> Tensor:
-    """Return the medians (d,) of sorted columns (d, K): the mean of the middle two for even K."""
-    count = columns.shape[1]
-    low, high = columns[:, (count - 1) // 2], columns[:, count // 2]  # (d,)
-    return low / 2 + high / 2  # the sum itself could overflow
-
-
-def mean_around_median(columns: Tensor, kept: int) -> Tensor:
-    """Return the means (d,) of the `kept` values nearest to the median, of sorted columns (d, K).
-
-    Those values are a window of the sorted ones: that whose farther end is nearest, the lower of two such.
-    """
-    count = columns.shape[1]
-    median = middle(columns)[:, None]  # (d, 1)
-    below = median - columns[:, : count - kept + 1]  # (d, f+1) distance of each window's lower end
-    above = columns[:, kept - 1 :] - median  # (d, f+1) and of its upper end
-    first = below.maximum(above).argmin(1, keepdim=True)  # (d, 1)
-    return window_means(columns, kept).gather(1, first)[:, 0]
-
-
-def window_means(columns: Tensor, length: int) -> Tensor:
-    """Return the means (d, K − length + 1) of all runs of `length` neighbours in columns (d, K).
-
-    One product with a banded matrix: running sums would carry an attacker's huge value into every later window.
-    """
-    count = columns.shape[1]
-    position = torch.arange(count, device=columns.device)  # (K,)
-    start = position[: count - length + 1]  # (K − length + 1,)
-    band = (position[:, None] >= start) & (position[:, None] < start + length)  # (K, K − length + 1)
-    with full_precision(columns.device):
-        return columns @ (band.to(columns) / length)

@@ -1,18 +1,22 @@
 """A (K, D) matrix that its device has no room for: it lies in the host's memory and is computed on by column blocks.
 
-Only the helpers of `fedsim.linalg` know: inside `blockwise` they bring one block after another to the device and leave
+Only the helpers of `fedsim.linalg` and `fedsim.order` know: inside `blockwise` they bring one block after another to the device and leave
 their results, (K, K) or (D,), there. Outside of it the matrix is where it is computed on, and a block is a view.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _COPIES = 4  # of a block at once: itself, in float64 (twice), and what a product or a sort writes
 
@@ -61,3 +65,55 @@ def blocks(updates: Tensor, width: int) -> Iterator[tuple[slice, Tensor]]:
         columns = slice(first, min(first + width, updates.shape[1]))
         block = updates[:, columns]
         yield columns, block if place is None else block.to(place.device)
+
+
+def map_columns(updates: Tensor, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """Return the matrix (M, D) that a function makes of updates (K, D), column by column.
+
+    Args:
+        updates: (K, D).
+        function: from a block (K, d) and its columns to (M, d).
+
+    Returns:
+        (M, D), where the updates are.
+
+    """
+    if not elsewhere():
+        return function(updates, slice(0, updates.shape[1]))  # (M, D)
+    result = updates.new_empty(0)
+    for columns, block in blocks(updates, max(1, updates.shape[1])):
+        part = function(block, columns)  # (M, d)
+        if not len(result):
+            result = torch.empty(
+                len(part), updates.shape[1], dtype=part.dtype, device=updates.device, pin_memory=updates.is_pinned()
+            )  # (M, D)
+        result[:, columns] = part
+    return result
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Do float32 matrix products in float32: TF32 keeps 10 bits, and a Gram matrix squares the loss."""
+    before = torch.get_float32_matmul_precision() if device.type == "cuda" else "highest"
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def threads_for(device: torch.device) -> int:
+    """Return how many threads may work on blocks at once: torch's on a CPU, else one."""
+    return torch.get_num_threads() if device.type == "cpu" and not elsewhere() else 1
+
+
+def each(work: Callable[[T], R], parts: Sequence[T], threads: int) -> list[R]:
+    """Return what each part of some work gives, in order, done by at most so many threads of one core each."""
+    threads = min(len(parts), threads)
+    if threads < 2:
+        return [work(part) for part in parts]
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(work, parts))  # the list raises what a thread has raised

@@ -37,7 +37,7 @@ class ARC(Scaling):
 
     def factors(self, cohort: Cohort) -> tuple[Tensor, Metrics]:
         """Return min(1, C / ‖Δ_k‖) (K,); the bound is a metric."""
-        norms, count = row_norms(cohort.rows), len(cohort)  # (K,)
+        norms, count = row_norms(cohort.matrix), len(cohort)  # (K,)
         f = min(self.num_byzantine, count // 2)  # where rows were dropped and K is too small
         bound = norms.sort(descending=True).values[2 * f * (count - f) // count]
         return clip_factors(norms, bound), {"clipping_bound": bound}

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
-from fedsim.linalg import beside
-from fedsim.strategies.preaggregation import PreAggregator, mixed
+from fedsim.linalg import beside, mapped
+from fedsim.strategies.preaggregation import PreAggregator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Bucketing(PreAggregator):
         drawn = np.empty(len(cohort), dtype=np.int64)
         drawn[order] = np.arange(len(cohort)) // self.bucket_size
         _, first = np.unique(drawn, return_index=True)
-        return torch.from_numpy(first.argsort().argsort()[drawn]).to(beside(cohort.rows).device)
+        return torch.from_numpy(first.argsort().argsort()[drawn]).to(beside(cohort.matrix).device)
 
 
 def _averaged(cohort: Cohort, bucket: Tensor) -> Cohort:
@@ -73,10 +73,9 @@ def _averaged(cohort: Cohort, bucket: Tensor) -> Cohort:
         for name, value in cohort.extras.items()
         if value.is_floating_point()
     }
-    means = mixed(cohort, share)  # (B, D)
     lowest = member.argmax(1)  # (B,)
     described = replace(cohort, updates=None, extras={}).take(lowest)
-    return replace(described, updates=means, weights=sizes.to(cohort.weights), extras=extras)
+    return replace(described, updates=mapped(share, cohort.matrix), weights=sizes.to(cohort.weights), extras=extras)
 
 
 def _spread(value: Any, bucket: Tensor, count: int) -> Any:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
-from fedsim.linalg import beside, mean_around_median, reduce_columns, square_distances
+from fedsim.linalg import square_distances
+from fedsim.order import mean_around_median
 from fedsim.strategies.krum import krum_order, krum_scores
 
 
@@ -60,14 +61,13 @@ class Bulyan:
         count = len(cohort)
         f = min(self.num_byzantine, max(0, (count - 3) // 4))
         left = torch.arange(count)
-        distances = square_distances(cohort.rows).cpu()  # (K, K): θ selections of a few numbers each
+        distances = square_distances(cohort.matrix).cpu()  # (K, K): θ selections of a few numbers each
         for _ in range(count - 2 * f):
             among = distances[left][:, left]  # (k, k)
             best = int(krum_order(among, krum_scores(among, f))[0])
             left = torch.cat([left[:best], left[best + 1 :]])
         selected = torch.ones(count, dtype=torch.bool)
         selected[left] = False
-        selected = selected.to(beside(cohort.rows).device)  # (K,)
-        kept = count - 4 * f
-        delta = reduce_columns(cohort.rows, lambda x: mean_around_median(x, kept), selected)  # (D,)
+        delta = mean_around_median(cohort.matrix, count - 4 * f, selected)  # (D,)
+        selected = selected.to(delta.device)  # (K,)
         return delta, state, {"selected": selected}

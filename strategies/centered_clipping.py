@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
-from fedsim.linalg import beside, combine, gram, middle, reduce_columns
+from fedsim.linalg import beside, combine, gram
+from fedsim.order import median
 
 STARTS = ("state", "median", "zero")
 
@@ -52,7 +53,7 @@ class CenteredClipping:
 
     def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
         """Return v (D,); the share of clients that the last step clipped is a metric."""
-        updates = cohort.rows
+        updates = cohort.matrix
         origin = self._origin(cohort, state)  # (D,)
         inner = gram(updates, origin)  # (K, K) differences keep float32's digits where v is near the updates
         a = torch.zeros_like(inner[0])  # (K,) v = start + Σ a_k (Δ_k − start)
@@ -68,8 +69,8 @@ class CenteredClipping:
 
     def _origin(self, cohort: Cohort, state: State) -> Tensor:
         if self.start == "median":
-            return reduce_columns(cohort.rows, middle)
+            return median(cohort.matrix)
         if self.start == "state":
             previous: Tensor = state["previous"]
-            return previous.to(beside(cohort.rows))
-        return beside(cohort.rows).new_zeros(cohort.layout.size)
+            return previous.to(beside(cohort.matrix))
+        return beside(cohort.matrix).new_zeros(cohort.layout.size)

@@ -36,5 +36,5 @@ class Clip(Scaling):
 
     def factors(self, cohort: Cohort) -> tuple[Tensor, Metrics]:
         """Return min(1, C / ‖Δ_k‖) (K,); the share of clients clipped is a metric."""
-        factors = clip_factors(row_norms(cohort.rows), self.max_norm)  # (K,)
+        factors = clip_factors(row_norms(cohort.matrix), self.max_norm)  # (K,)
         return factors, {"pre_clipped_fraction": (factors < 1).double().mean()}

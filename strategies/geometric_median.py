@@ -47,7 +47,7 @@ class GeometricMedian:
 
     def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
         """Return the geometric median (D,); the clients' shares in it are a metric."""
-        distances = square_distances(cohort.rows)  # (K, K)
+        distances = square_distances(cohort.matrix)  # (K, K)
         share = torch.full_like(distances[0], 1 / len(cohort))  # (K,)
         for _ in range(self.num_iterations):
             cross = distances @ share  # (K,)
@@ -55,4 +55,4 @@ class GeometricMedian:
             away = (cross - share @ cross / 2).clamp_min(0).sqrt()  # (K,)
             pull = 1 / away.clamp_min(self.smoothing)  # (K,)
             share = pull / pull.sum()
-        return combine(share, cohort.rows), state, {"share": share}
+        return combine(share, cohort.matrix), state, {"share": share}

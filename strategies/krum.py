@@ -18,6 +18,7 @@ from torch import Tensor
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
 from fedsim.linalg import beside, combine, proportions, square_distances
+from fedsim.mapped import Mapped
 
 
 def krum_scores(distances: Tensor, num_byzantine: int) -> Tensor:
@@ -68,12 +69,13 @@ class Krum:
 
     def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
         """Return the update (D,) of least score; the scores and the choice are metrics."""
-        distances = square_distances(cohort.rows)  # (K, K)
+        distances = square_distances(cohort.matrix)  # (K, K)
         scores = krum_scores(distances, self.num_byzantine)  # (K,)
         best = krum_order(distances, scores)[0]
         selected = torch.zeros_like(scores, dtype=torch.bool)
         selected[best] = True
-        delta = cohort.rows[best].to(beside(cohort.rows), copy=True)  # (D,)
+        rows = cohort.matrix
+        delta = combine(selected, rows) if isinstance(rows, Mapped) else rows[best].to(beside(rows), copy=True)  # (D,)
         return delta, state, {"krum_score": scores, "selected": selected}
 
 
@@ -116,13 +118,13 @@ class MultiKrum:
 
     def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
         """Return the mean (D,) of the selected updates; the scores and the choice are metrics."""
-        distances = square_distances(cohort.rows)  # (K, K)
+        distances = square_distances(cohort.matrix)  # (K, K)
         scores = krum_scores(distances, self.num_byzantine)  # (K,)
         wanted = self.num_selected or len(cohort) - self.num_byzantine
         chosen = krum_order(distances, scores)[: max(1, min(wanted, len(cohort)))].sort().values  # (m,)
         selected = torch.zeros_like(scores, dtype=torch.bool)
         selected[chosen] = True
-        return combine(proportions(selected), cohort.rows), state, {"krum_score": scores, "selected": selected}
+        return combine(proportions(selected), cohort.matrix), state, {"krum_score": scores, "selected": selected}
 
 
 def _check(name: str, num_participants: int, num_byzantine: int) -> None:

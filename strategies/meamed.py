@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
-from fedsim.linalg import mean_around_median, reduce_columns
+from fedsim.order import mean_around_median
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,4 +55,4 @@ class MeaMed:
     def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
         """Return the mean around the median (D,)."""
         kept = len(cohort) - min(self.num_byzantine, (len(cohort) - 1) // 2)
-        return reduce_columns(cohort.rows, lambda x: mean_around_median(x, kept)), state, {}
+        return mean_around_median(cohort.matrix, kept), state, {}

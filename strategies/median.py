@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
-from fedsim.linalg import middle, reduce_columns
+from fedsim.order import median
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,4 +32,4 @@ class Median:
 
     def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
         """Return the median (D,)."""
-        return reduce_columns(cohort.rows, middle), state, {}
+        return median(cohort.matrix), state, {}

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from fedsim.contracts import Cohort, Metrics
-from fedsim.linalg import square_distances
-from fedsim.strategies.preaggregation import PreAggregator, mixed
+from fedsim.linalg import mapped, square_distances
+from fedsim.strategies.preaggregation import PreAggregator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class NNM(PreAggregator):
     def mix(self, cohort: Cohort) -> tuple[Cohort, Metrics]:
         """Return the cohort of neighbourhood means; nothing is measured."""
         kept = len(cohort) - min(self.num_byzantine, (len(cohort) - 1) // 2)
-        distances = square_distances(cohort.rows)  # (K, K)
+        distances = square_distances(cohort.matrix)  # (K, K)
         nearest = distances.argsort(dim=1, stable=True)[:, :kept]  # (K, K − f)
         matrix = torch.zeros_like(distances).scatter(1, nearest, 1 / kept)  # (K, K)
-        return replace(cohort, updates=mixed(cohort, matrix)), {}
+        return replace(cohort, updates=mapped(matrix, cohort.matrix)), {}

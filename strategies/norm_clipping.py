@@ -40,7 +40,7 @@ class NormClipping:
 
     def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
         """Return the mean (D,) of the clipped updates; the share of clients clipped is a metric."""
-        norms = row_norms(cohort.rows)  # (K,)
+        norms = row_norms(cohort.matrix)  # (K,)
         factor = (self.max_norm / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1)  # (K,)
         share = proportions(cohort.weights).to(norms.device)  # (K,)
-        return combine(share * factor, cohort.rows), state, {"clipped_fraction": (factor < 1).double().mean()}
+        return combine(share * factor, cohort.matrix), state, {"clipped_fraction": (factor < 1).double().mean()}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, LinearRule, Metrics, Rule, State, summed
 from fedsim.layout import Layout
-from fedsim.linalg import beside, full_precision, map_columns
+from fedsim.linalg import mapped
 from fedsim.strategies.fedavg import FedAvg
 
 
@@ -68,8 +68,7 @@ class Scaling(PreAggregator):
     def mix(self, cohort: Cohort) -> tuple[Cohort, Metrics]:
         """Return the cohort with row k times factor k, and the factors' metrics."""
         factors, own = self.factors(cohort)
-        scaled = map_columns(cohort.rows, lambda block, _: block * factors.to(block)[:, None])  # (K, D)
-        return replace(cohort, updates=scaled), own
+        return replace(cohort, updates=mapped(factors, cohort.matrix)), own
 
     def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
         """Return the inner rule's step (D,) on the scaled updates."""
@@ -78,12 +77,6 @@ class Scaling(PreAggregator):
         factors, own = self.factors(cohort)
         delta, state, metrics = self.rule(summed(cohort, self.rule, state, factors), state)
         return delta, state, {**metrics, **own}
-
-
-def mixed(cohort: Cohort, matrix: Tensor) -> Tensor:
-    """Return M X (M, D) of a matrix M (M, K) and the cohort's updates X (K, D)."""
-    with full_precision(beside(cohort.rows).device):
-        return map_columns(cohort.rows, lambda block, _: matrix.to(block) @ block)
 
 
 def clip_factors(norms: Tensor, bound: float | Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
-from fedsim.linalg import beside, reduce_columns
+from fedsim.order import trimmed_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,4 @@ class TrimmedMean:
 
     def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
         """Return the trimmed mean (D,)."""
-        count = len(cohort)
-        trimmed = min(self.num_byzantine, (count - 1) // 2)
-        kept = count - 2 * trimmed
-        share = beside(cohort.rows).new_full((kept,), 1 / kept)  # (K − 2f,)
-        return reduce_columns(cohort.rows, lambda x: x[:, trimmed : count - trimmed] @ share), state, {}
+        return trimmed_mean(cohort.matrix, min(self.num_byzantine, (len(cohort) - 1) // 2)), state, {}

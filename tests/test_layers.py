@@ -16,7 +16,7 @@ FOLDERS = ("fedsim", "strategies", "clients")
 # From the bottom up; a module imports from its own layer and those below. A module that is not named is held by the
 # other rules alone.
 STACK = (
-    ("errors", "files", "layout", "rng", "linalg", "contracts"),
+    ("errors", "files", "layout", "rng", "place", "mapped", "linalg", "order", "contracts"),
     (
         "local",
         "samplers",
@@ -65,7 +65,10 @@ STACK = (
 )
 RANK = {name: rank for rank, layer in enumerate(STACK) for name in layer}
 
-METHOD_IMPORTS = ("torch", "numpy", "fedsim.contracts", "fedsim.linalg", "fedsim.layout", "fedsim.rng")
+METHOD_IMPORTS = (
+    "torch", "numpy", "fedsim.contracts", "fedsim.linalg", "fedsim.mapped", "fedsim.order", "fedsim.layout",
+    "fedsim.rng",
+)  # fmt: skip
 CONFIG_MODULES = {
     f"fedsim/{name}.py"
     for name in ("cli", "composition", "config", "build", "simulation", "catalogue", "testing", "sweep/grammar")

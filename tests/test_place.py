@@ -22,13 +22,12 @@ from fedsim.linalg import (
     gram,
     largest_entry,
     map_columns,
-    middle,
-    reduce_columns,
     row_norms,
     square_distances,
     square_norms,
 )
 from fedsim.metrics.drift import drift_of_rows
+from fedsim.order import mean_around_median, median, trimmed_mean
 from fedsim.place import Place, blocks, blockwise
 
 K, D = 12, 1000
@@ -89,8 +88,10 @@ HELPERS = {
     "square_norms": square_norms,
     "row_norms": row_norms,
     "largest_entry": largest_entry,
-    "reduce_columns": lambda x: reduce_columns(x, middle),
-    "reduce some rows": lambda x: reduce_columns(x, middle, torch.arange(K) % 3 > 0),
+    "median": median,
+    "median of some rows": lambda x: median(x, torch.arange(K) % 3 > 0),
+    "trimmed_mean": lambda x: trimmed_mean(x, 2),
+    "mean_around_median": lambda x: mean_around_median(x, 8),
     "map_columns": lambda x: map_columns(x, lambda block, columns: block[:5] * V[columns, 0]),
     "finite_rows": finite_rows,
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import optimize, stats
 
-from fedsim import linalg
+from fedsim import linalg, order
 from fedsim.laws import cohort_of
 from fedsim.linalg import _distances, square_distances
 from fedsim.strategies.bulyan import Bulyan
@@ -318,13 +318,13 @@ def test_arguments_out_of_range_are_named(kind, arguments):
 
 
 def test_columns_are_reduced_to_the_same_bits_by_any_number_of_threads(monkeypatch):
-    monkeypatch.setattr(linalg, "SORT_BLOCK", 7)
+    monkeypatch.setattr(order, "WIDTH", 7)
     updates = torch.randn(9, 40, generator=torch.Generator().manual_seed(3))
     chosen = torch.tensor([True, False, True, True, False, True, True, True, True])
     found = []
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found.append(linalg.reduce_columns(updates, lambda x: linalg.mean_around_median(x, 4), chosen))
+        found.append(order.mean_around_median(updates, 4, chosen))
     columns = updates[chosen].double().sort(0).values  # (7, 40)
     windows = columns.unfold(0, 4, 1)  # (4, 40, 4)
     ends = (windows[..., 0] - columns[3]).abs().maximum((windows[..., 3] - columns[3]).abs())  # (4, 40)
@@ -334,10 +334,11 @@ def test_columns_are_reduced_to_the_same_bits_by_any_number_of_threads(monkeypat
 
 
 def test_what_fails_in_a_thread_is_raised(monkeypatch):
-    monkeypatch.setattr(linalg, "SORT_BLOCK", 2)
+    monkeypatch.setattr(order, "WIDTH", 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    with pytest.raises(RuntimeError):
-        linalg.reduce_columns(torch.zeros(3, 8), lambda x: x[:, 0] @ x)
+    monkeypatch.setattr(order, "_mean", lambda rows: rows[0] @ rows)
+    with pytest.raises(TypeError):
+        order.trimmed_mean(torch.zeros(3, 8), 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
