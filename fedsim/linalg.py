@@ -45,7 +45,8 @@ def gram(updates: Rows, origin: Tensor | None = None) -> Tensor:
     if isinstance(updates, Mapped):
         if origin is not None:
             return gram(updates.written, origin)
-        return updates.matrix @ gram(updates.source) @ updates.matrix.T
+        inner = updates.matrix @ gram(updates.source) @ updates.matrix.T  # (M, M)
+        return (inner + inner.T) / 2
     inner = _gram(updates, None, origin)  # (K, K)
     if updates.dtype == torch.float64 or updates.shape[1] == 0:
         return inner
@@ -176,7 +177,8 @@ def _mapped_distances(inner: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
     squares, _ = _distances(by @ inner @ by.T)  # (M, M)
     reach = by.abs() @ inner.diagonal().clamp_min(0).sqrt()  # (M,) the norm of a row whose terms point one way
     total = reach.square()[:, None] + reach.square()  # (M, M)
-    alike = (by[:, None] == by).all(2)  # (M, M)
+    kind = torch.unique(by, dim=0, return_inverse=True)[1]  # (M,)
+    alike = kind[:, None] == kind  # (M, M)
     return squares.masked_fill(alike, 0), ((squares >= 1e-3 * total) | alike).all()
 
 

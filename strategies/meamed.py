@@ -1,7 +1,7 @@
 r"""MeaMed: in each coordinate, the mean of the K − f values nearest to the median.
 
 Xie et al., 2018, "mean around median". https://arxiv.org/abs/1802.10116
-Nearest values are a window of the sorted ones. Of two windows equally near, the lower is taken.
+Nearest values are a window of the sorted ones. Of two values equally near, the lower counts.
 Clients count once whatever their samples: an attacker may claim any number.
 """
 
