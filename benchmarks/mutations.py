@@ -27,7 +27,7 @@ import torch  # noqa: F401
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("fedsim", "strategies", "clients", "configs", "tests", "benchmarks", "docs")
 INSIDE = ("strategies", "clients", "configs")  # imported as fedsim.strategies and so on
-RULES = ("test_robust.py", "test_preaggregation.py", "test_byzfl_values.py", "test_laws.py")
+RULES = ("test_robust.py", "test_order.py", "test_preaggregation.py", "test_byzfl_values.py", "test_laws.py")
 
 
 class Mutation(NamedTuple):
@@ -43,9 +43,9 @@ class Mutation(NamedTuple):
 MUTATIONS = (
     # Server rules
     Mutation("trimmed mean: one value too few trimmed where K = 2f + 1", "strategies/trimmed_mean.py",
-             "(count - 1) // 2)", "count // 2 - 1)", RULES),
-    Mutation("median: the upper of the middle two", "fedsim/linalg.py", "columns[:, (count - 1) // 2]",
-             "columns[:, count // 2]", RULES),
+             "(len(cohort) - 1) // 2)", "len(cohort) // 2 - 1)", RULES),
+    Mutation("median: the upper of the middle two", "fedsim/order.py",
+             "ascending[(len(ascending) - 1) // 2]", "ascending[len(ascending) // 2]", RULES),
     Mutation("Krum: one neighbour more", "strategies/krum.py", "len(distances) - num_byzantine - 2",
              "len(distances) - num_byzantine - 1", RULES),
     Mutation("Krum: K = 2f + 2 is let through", "strategies/krum.py", "num_participants <= 2 * num_byzantine + 2",
@@ -53,8 +53,8 @@ MUTATIONS = (
     Mutation("Multi-Krum: K - f - 1 selected", "strategies/krum.py", "or len(cohort) - self.num_byzantine",
              "or len(cohort) - self.num_byzantine - 1", RULES),
     Mutation("Bulyan: K - f selected", "strategies/bulyan.py", "range(count - 2 * f)", "range(count - f)", RULES),
-    Mutation("MeaMed: the window whose nearer end is nearest", "fedsim/linalg.py", "below.maximum(above)",
-             "below.minimum(above)", RULES),
+    Mutation("MeaMed: the value that is farther stays", "fedsim/order.py", "high - center < center - low",
+             "high - center > center - low", RULES),
     Mutation("geometric median: the half is missing", "strategies/geometric_median.py", "cross - share @ cross / 2",
              "cross - share @ cross", RULES),
     Mutation("centered clipping: the previous aggregate is forgotten", "strategies/centered_clipping.py",

@@ -9,18 +9,16 @@ ascent are what experiments on federated adversarial training take. The model is
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
+from fedsim.ascent import ascend, step_of
 from fedsim.clients.cross_entropy import CrossEntropy
 from fedsim.contracts import Batch, Context, Model
 from fedsim.layout import Params
-from fedsim.rng import fold_in, uniform_like
+from fedsim.rng import fold_in
 
 _START = 0xAD5E  # tells the draw of the start apart from what else hangs on a step's key
 
@@ -75,20 +73,9 @@ class Adversarial:
         """Return x_S (B, …), a constant to whoever differentiates by the parameters."""
         if not batch.x.is_floating_point():
             raise ValueError(f"client=adversarial needs floating-point features, this data has {batch.x.dtype}")
-        low = -math.inf if self.low is None else self.low
-        high = math.inf if self.high is None else self.high
-        box = (batch.x - self.radius).clamp(low, high), (batch.x + self.radius).clamp(low, high)
-        step = self.step_size or 2.5 * self.radius / self.num_steps
-
-        def error(x: Tensor) -> Tensor:  # () a sum: a mean's gradients could underflow, and their signs with them
-            return functional.cross_entropy(model(params, x), batch.y, reduction="sum")
-
-        moved = batch.x
-        with torch.no_grad():
-            if self.random_start:
-                drawn = uniform_like(batch.x, fold_in(context.key, _START))  # (B, …) in [0, 1)
-                moved = moved + self.radius * (2 * drawn - 1)
-            moved = moved.clamp(*box)
-            for _ in range(self.num_steps):
-                moved = (moved + step * torch.func.grad(error)(moved).sign()).clamp(*box)
-        return moved.detach()
+        return ascend(
+            lambda x: model(params, x), batch.x, batch.y,
+            radius=self.radius, step_size=self.step_size or step_of(self.radius, self.num_steps),
+            num_steps=self.num_steps, bounds=(self.low, self.high),
+            key=fold_in(context.key, _START) if self.random_start else None,
+        )  # fmt: skip

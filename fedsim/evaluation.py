@@ -31,7 +31,9 @@ from fedsim.metrics.classification import (
 )
 from fedsim.metrics.decomposition import decompose, subsample
 from fedsim.metrics.fairness import accuracy_by_skew_quartile, fairness
+from fedsim.metrics.robust import Adversary
 from fedsim.metrics.skew import label_counts, label_tv
+from fedsim.rng import keyed_bits
 
 Columns = dict[str, Any]
 
@@ -78,6 +80,13 @@ class Evaluator:
         self.client_skew = torch.from_numpy(label_tv(counts))  # (K,)
         self.held_out = torch.from_numpy(splits.held_out)
         self.tuner = FineTuner(task, splits, settings.finetune_steps) if settings.finetune_steps else None
+        bounds = settings.robust_low, settings.robust_high
+        key = int(keyed_bits(task.seed, "robust") >> np.uint64(40))
+        self.adversary = (
+            Adversary(radius=settings.robust_radius, num_steps=settings.robust_steps, bounds=bounds, key=key)
+            if settings.robust_radius
+            else None
+        )
         self.honest = None if byzantine is None else torch.from_numpy(~byzantine)  # (K,)
         self.pool = self._put(
             subsample(splits.train.indices, settings.decomposition_samples, task.seed)
@@ -109,12 +118,18 @@ class Evaluator:
         if self.personal:
             tested = np.flatnonzero(~self.splits.held_out & (self.splits.test.sizes > 0))
             result, labels = self._personal(weights, buffers, self.splits.test, tested, round)
-            return self._figures(result, labels)
+            figures = self._figures(result, labels)
+            if self.adversary is not None:
+                figures |= _robust(self._personal(weights, buffers, self.splits.test, tested, round, self.adversary)[0])
+            return figures
         figures = {}
         for name, always in self.server.items():
             positions = self._in(always, round)
             result = predict(self.task, weights, positions, buffers=buffers)
             mine = self._figures(result, self.task.y[positions]) if name == "test" else overall(result)
+            if self.adversary is not None:
+                moved = predict(self.task, weights, positions, buffers=buffers, adversary=self.adversary)
+                mine |= _robust(moved)
             figures.update(mine if name == "test" else {f"{name}_{key}": value for key, value in mine.items()})
         return figures
 
@@ -130,14 +145,15 @@ class Evaluator:
         return figures
 
     def _personal(
-        self, weights: Tensor, buffers: Tensor, data: Partition, clients: Int64, round: int
-    ) -> tuple[Outputs, Tensor]:
+        self, weights: Tensor, buffers: Tensor, data: Partition, clients: Int64, round: int,
+        adversary: Adversary | None = None,
+    ) -> tuple[Outputs, Tensor]:  # fmt: skip
         """Evaluate each client's own model on its own samples, client by client; return (outputs, labels)."""
         parts, labels = [], []
         for client in clients.tolist():
             local, mine = own_parts(self.task, client, buffers)
             positions = self._put(data.of(client), round)
-            parts.append(predict(self.task, weights, positions, buffers=mine, local=local))
+            parts.append(predict(self.task, weights, positions, buffers=mine, local=local, adversary=adversary))
             labels.append(self.task.y[positions])
         return concatenate(parts), torch.cat(labels)
 
@@ -222,6 +238,10 @@ class Evaluator:
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(data.sizes[clients])])).to(self.task.device)
         losses: np.ndarray[Any, np.dtype[np.float64]] = per_client(result, offsets)["loss"].cpu().numpy()
         return losses
+
+
+def _robust(result: Outputs) -> Figures:
+    return {f"robust_{name}": value for name, value in overall(result).items()}
 
 
 def with_evaluation(cohort: Cohort, trained: Columns, evaluated: ClientFigures | None) -> tuple[Int64, Columns]:

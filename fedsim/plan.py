@@ -45,7 +45,8 @@ def planned(experiment: Experiment, config: Mapping[str, Any], saved: Mapping[st
     kept = {"every": saved["evaluate_every"], "clients_every": saved["evaluate_clients_every"]} if saved else {}
     evaluation: Evaluation = replace(experiment.evaluation, **kept).resolve(
         samples,
-        sum(len(p) for name, p in experiment.dataset.splits.items() if name not in ("train", "backdoor")),
+        experiment.evaluation.passes
+        * sum(len(p) for name, p in experiment.dataset.splits.items() if name not in ("train", "backdoor")),
         int(experiment.splits.test.sizes.sum()) + _tuning_samples(experiment),
     )
     why = _needs_rows(experiment, evaluation)

@@ -16,7 +16,7 @@ FOLDERS = ("fedsim", "strategies", "clients")
 # From the bottom up; a module imports from its own layer and those below. A module that is not named is held by the
 # other rules alone.
 STACK = (
-    ("errors", "files", "layout", "rng", "place", "mapped", "linalg", "order", "contracts"),
+    ("errors", "files", "layout", "rng", "place", "mapped", "linalg", "order", "ascent", "contracts"),
     (
         "local",
         "samplers",
@@ -67,7 +67,7 @@ RANK = {name: rank for rank, layer in enumerate(STACK) for name in layer}
 
 METHOD_IMPORTS = (
     "torch", "numpy", "fedsim.contracts", "fedsim.linalg", "fedsim.mapped", "fedsim.order", "fedsim.layout",
-    "fedsim.rng",
+    "fedsim.rng", "fedsim.ascent",
 )  # fmt: skip
 CONFIG_MODULES = {
     f"fedsim/{name}.py"

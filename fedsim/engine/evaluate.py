@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from fedsim.engine.task import BUFFER, LOCAL, Task
 from fedsim.metrics.classification import Outputs, outputs
+from fedsim.metrics.robust import Adversary
 
 EVALUATION_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}  # of the largest layer's values of one evaluation batch
 
@@ -64,6 +65,7 @@ def predict(
     *,
     buffers: Tensor | None = None,
     local: Mapping[str, Tensor] | None = None,
+    adversary: Adversary | None = None,
 ) -> Outputs:
     """Evaluate weights (D,) on samples (n,) of the task's data; per-sample outputs, in order.
 
@@ -73,6 +75,7 @@ def predict(
         positions: (n,) int64 on the device, may be empty.
         buffers: of the model; None keeps the module's.
         local: personal parameters by name; None keeps the module's.
+        adversary: moves the samples first; None leaves them as they are.
 
     """
     params = task.shared.split(weights)
@@ -84,11 +87,18 @@ def predict(
     was_training = task.module.training
     task.module.eval()
     size = batch_size(task)
+
+    def logits(x: Tensor) -> Tensor:
+        values: Tensor = functional_call(task.module, params, (x,))  # (B, C)
+        return values
+
     try:
-        parts = [
-            outputs(functional_call(task.module, params, (task.x.index_select(0, chosen),)), task.y[chosen])
-            for chosen in torch.split(positions, size)
-        ]
+        parts = []
+        for number, chosen in enumerate(torch.split(positions, size)):
+            x, y = task.x.index_select(0, chosen), task.y[chosen]
+            if adversary is not None:
+                x = adversary(logits, x, y, number * size)
+            parts.append(outputs(logits(x), y))
     finally:
         task.module.train(was_training)
     return parts[0] if len(parts) == 1 else Outputs(*(torch.cat(columns) for columns in zip(*parts, strict=True)))

@@ -60,6 +60,10 @@ class Evaluation:
     cosines: bool = False  # and each update's cosine to the mean, for which the engine must hold the rows
     calibration: bool = True  # expected calibration error
     calibration_bins: int = 15  # ≥ 1
+    robust_radius: float = 0.0  # ε ≥ 0 of the box in which an adversary moves samples of the server's splits; 0: never
+    robust_steps: int = 20  # of its gradient ascent, ≥ 1; 1: the fast gradient sign method
+    robust_low: float | None = None  # least value of a feature that it may give; None: no bound
+    robust_high: float | None = None  # largest, above `robust_low`
     finetune_steps: int = 0  # local steps after which clients are tested once more, each on its own model; 0: never
     decomposition_every: int = 0  # rounds between decompositions of the loss; 0: never
     decomposition_samples: int = 5000  # at most, of all clients' training data, ≥ 1
@@ -72,6 +76,10 @@ class Evaluation:
         _check(often is None or often >= 0, "metrics.clients_every", ">= 0, or null for the budget", often)
         _check(0 < self.share <= 1, "metrics.share", "in (0, 1]", self.share)
         _check(self.calibration_bins >= 1, "metrics.calibration_bins", ">= 1", self.calibration_bins)
+        _check(0 <= self.robust_radius < math.inf, "metrics.robust_radius", "finite and >= 0", self.robust_radius)
+        _check(self.robust_steps >= 1, "metrics.robust_steps", ">= 1", self.robust_steps)
+        low, high = self.robust_low, self.robust_high
+        _check(low is None or high is None or low < high, "metrics.robust_low", f"below robust_high={high}", low)
         _check(self.finetune_steps >= 0, "metrics.finetune_steps", ">= 0", self.finetune_steps)
         _check(self.decomposition_every >= 0, "metrics.decomposition_every", ">= 0", self.decomposition_every)
         _check(self.decomposition_samples >= 1, "metrics.decomposition_samples", ">= 1", self.decomposition_samples)
@@ -98,6 +106,11 @@ class Evaluation:
         if often is None:
             often = evaluation_interval(train_samples_per_round, client_samples, share)
         return replace(self, every=every, clients_every=often)
+
+    @property
+    def passes(self) -> int:
+        """Forward passes that a sample of the server's splits is worth: of a step of the adversary three."""
+        return 2 + 3 * self.robust_steps if self.robust_radius else 1
 
     def due(self, round: int, last_round: int) -> Due:
         """Say what is evaluated in a round (from 1); call it on what `resolve` returned.
