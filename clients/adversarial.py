@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedsim.ascent import ascend, step_of
+from fedsim.ascent import Ascent
 from fedsim.clients.cross_entropy import CrossEntropy
 from fedsim.contracts import Batch, Context, Model
 from fedsim.layout import Params
@@ -73,9 +73,6 @@ class Adversarial:
         """Return x_S (B, …), a constant to whoever differentiates by the parameters."""
         if not batch.x.is_floating_point():
             raise ValueError(f"client=adversarial needs floating-point features, this data has {batch.x.dtype}")
-        return ascend(
-            lambda x: model(params, x), batch.x, batch.y,
-            radius=self.radius, step_size=self.step_size or step_of(self.radius, self.num_steps),
-            num_steps=self.num_steps, bounds=(self.low, self.high),
-            key=fold_in(context.key, _START) if self.random_start else None,
-        )  # fmt: skip
+        ascent = Ascent(self.radius, self.num_steps, self.step_size, self.low, self.high)
+        key = fold_in(context.key, _START) if self.random_start else None
+        return ascent.moved(lambda x: model(params, x), batch.x, batch.y, key)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,39 +17,37 @@ from torch.nn import functional
 from fedsim.rng import uniform_like
 
 
-def step_of(radius: float, num_steps: int) -> float:
-    """Return 2.5 ε / S, with which S steps reach any corner of the box from anywhere in it."""
-    return 2.5 * radius / num_steps
+class Ascent(NamedTuple):
+    """How samples are moved."""
 
+    radius: float  # ε ≥ 0 in units of the features
+    num_steps: int  # S ≥ 0
+    step_size: float | None = None  # α > 0, likewise; None: 2.5 ε / S, with which S steps reach any corner of the box
+    low: float | None = None  # least value of a feature; None: no bound
+    high: float | None = None  # largest, likewise
 
-def ascend(
-    logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *,
-    radius: float, step_size: float, num_steps: int, bounds: tuple[float | None, float | None], key: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Return x_S (B, …), a constant to whoever differentiates by the model's parameters.
+    def moved(self, logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, key: Tensor | None) -> Tensor:
+        """Return x_S (B, …), a constant to whoever differentiates by the model's parameters.
 
-    Args:
-        logits: from samples (B, …) to (B, C).
-        x: (B, …) samples of a floating-point type.
-        y: (B,) int64 their classes.
-        radius: ε ≥ 0 in units of the features.
-        step_size: α > 0, likewise.
-        num_steps: S ≥ 0.
-        bounds: least and largest value of a feature; None: no bound.
-        key: draws x_0 uniformly from the box; None: x_0 = x.
+        Args:
+            logits: from samples (B, …) to (B, C).
+            x: (B, …) samples of a floating-point type.
+            y: (B,) int64 their classes.
+            key: draws x_0 uniformly from the box; None: x_0 = x.
 
-    """
-    low, high = -math.inf if bounds[0] is None else bounds[0], math.inf if bounds[1] is None else bounds[1]
-    box = (x - radius).clamp(low, high), (x + radius).clamp(low, high)
+        """
+        low, high = -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
+        box = (x - self.radius).clamp(low, high), (x + self.radius).clamp(low, high)
+        step = self.step_size or 2.5 * self.radius / max(1, self.num_steps)
 
-    def error(x: Tensor) -> Tensor:  # () a sum: a mean's gradients could underflow, and their signs with them
-        return functional.cross_entropy(logits(x), y, reduction="sum")
+        def error(x: Tensor) -> Tensor:  # () a sum: a mean's gradients could underflow, and their signs with them
+            return functional.cross_entropy(logits(x), y, reduction="sum")
 
-    moved = x
-    with torch.no_grad():
-        if key is not None:
-            moved = moved + radius * (2 * uniform_like(x, key) - 1)
-        moved = moved.clamp(*box)
-        for _ in range(num_steps):
-            moved = (moved + step_size * torch.func.grad(error)(moved).sign()).clamp(*box)
-    return moved.detach()
+        moved = x
+        with torch.no_grad():
+            if key is not None:
+                moved = moved + self.radius * (2 * uniform_like(x, key) - 1)
+            moved = moved.clamp(*box)
+            for _ in range(self.num_steps):
+                moved = (moved + step * torch.func.grad(error)(moved).sign()).clamp(*box)
+        return moved.detach()

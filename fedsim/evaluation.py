@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.ascent import Ascent
 from fedsim.contracts import Cohort, Dataset, Partition
 from fedsim.data.splits import ClientSplits
 from fedsim.engine.evaluate import own_parts, predict
@@ -80,13 +81,11 @@ class Evaluator:
         self.client_skew = torch.from_numpy(label_tv(counts))  # (K,)
         self.held_out = torch.from_numpy(splits.held_out)
         self.tuner = FineTuner(task, splits, settings.finetune_steps) if settings.finetune_steps else None
-        bounds = settings.robust_low, settings.robust_high
-        key = int(keyed_bits(task.seed, "robust") >> np.uint64(40))
-        self.adversary = (
-            Adversary(radius=settings.robust_radius, num_steps=settings.robust_steps, bounds=bounds, key=key)
-            if settings.robust_radius
-            else None
+        ascent = Ascent(
+            settings.robust_radius, settings.robust_steps, low=settings.robust_low, high=settings.robust_high
         )
+        key = int(keyed_bits(task.seed, "robust") >> np.uint64(40))
+        self.adversary = Adversary(ascent, key) if settings.robust_radius else None
         self.honest = None if byzantine is None else torch.from_numpy(~byzantine)  # (K,)
         self.pool = self._put(
             subsample(splits.train.indices, settings.decomposition_samples, task.seed)

@@ -9,7 +9,7 @@ the given ones are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from threading import Lock
@@ -136,7 +136,7 @@ def against(updates: Tensor, vectors: Tensor) -> Tensor:
         return total
 
 
-def mean_of(weights: Tensor, updates: Tensor) -> Tensor:
+def mean_of(weights: Tensor, updates: Rows) -> Tensor:
     """Return Σ_k p_k x_k (D,) with p = weights / Σ weights (K,)."""
     return combine(proportions(weights), updates)
 

@@ -23,7 +23,7 @@ from fedsim.mapped import Mapped, Rows, source_of
 from fedsim.place import beside, blocks, each, threads_for
 
 WIDTH = 3 << 13
-"""Columns of a block on a CPU: rows of 96 KB, so that a call costs little beside its work and fifty rows stay cached."""
+"""Columns of a block on a CPU: rows of 96 KB: a call costs little beside its work, and fifty rows stay cached."""
 
 DEVICE_WIDTH = 1 << 20
 """Columns of a block on an accelerator."""
@@ -100,8 +100,8 @@ def _mean(rows: Sequence[Tensor]) -> Tensor:
 def _nearest(ascending: Sequence[Tensor], kept: int) -> Tensor:
     """Return the mean (d,) of the `kept` rows nearest to the middle.
 
-    They are a window of neighbours, which begins as the lowest. Its value i makes room for that of rank i + `kept` where
-    the latter is nearer, and no sum ever holds a value that does not count, which could be an attacker's.
+    They are a window of neighbours, which begins as the lowest. Its value of rank i makes room for that of rank
+    i + `kept` where the latter is nearer, and no sum ever holds a value that does not count: it could be an attacker's.
     """
     center = _middle(ascending)  # (d,)
     window = list(ascending[:kept])
@@ -146,8 +146,8 @@ def network(count: int, low: int, high: int, ordered: bool) -> tuple[Comparator,
     half = count // 2
     if ordered or low != count - high or not 0 < 2 * low <= half:
         return whole
-    # Of two halves in order, the f smallest values are the smaller ones of one half's least f against the other's, taken
-    # from the other end; so with the largest. Nobody needs the order of the rest.
+    # Of two halves in order, the f smallest values are the smaller ones of one half's least f against the other's,
+    # taken from the other end; so with the largest. Nobody needs the order of the rest.
     parted = merge_exchange(0, half) + merge_exchange(half, count - half)
     parted += [(i, half + low - 1 - i) for i in range(low)]
     parted += [(half - 1 - i, count - low + i) for i in range(low)]

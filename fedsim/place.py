@@ -1,7 +1,8 @@
 """A (K, D) matrix that its device has no room for: it lies in the host's memory and is computed on by column blocks.
 
-Only the helpers of `fedsim.linalg` and `fedsim.order` know: inside `blockwise` they bring one block after another to the device and leave
-their results, (K, K) or (D,), there. Outside of it the matrix is where it is computed on, and a block is a view.
+Only the helpers of `fedsim.linalg` and `fedsim.order` know: inside `blockwise` they bring one block after another to
+the device and leave their results, (K, K) or (D,), there. Outside of it the matrix is where it is computed on, and a
+block is a view.
 """
 
 from __future__ import annotations

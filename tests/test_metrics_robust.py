@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import fedsim
+from fedsim.ascent import Ascent
 from fedsim.contracts import Dataset
 from fedsim.errors import UserError
 from fedsim.metrics.budget import Evaluation
@@ -19,7 +20,7 @@ def logits(x):
 
 
 def adversary(**given):
-    return Adversary(**{"radius": 0.1, "num_steps": 20, "bounds": (None, None), "key": 5, **given})
+    return Adversary(Ascent(**{"radius": 0.1, "num_steps": 20, **given}), key=5)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 20])
@@ -29,7 +30,7 @@ def test_a_linear_model_by_hand(num_steps):
     moved = adversary(num_steps=num_steps)(logits, x, torch.tensor([1, 0]), 0)
     want = torch.tensor([[0.4, 0.2], [0.6, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(moved, want, rtol=0, atol=1e-12)
-    bounded = adversary(num_steps=num_steps, bounds=(0.05, 0.55))(logits, x, torch.tensor([1, 0]), 0)
+    bounded = adversary(num_steps=num_steps, low=0.05, high=0.55)(logits, x, torch.tensor([1, 0]), 0)
     torch.testing.assert_close(bounded[1], want.new_tensor([0.55, 0.05]), rtol=0, atol=1e-12)
 
 

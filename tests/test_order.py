@@ -194,8 +194,10 @@ class Largest(TorchDispatchMode):
         return out
 
 
-INNER = [Median(), TrimmedMean(num_byzantine=1), MeaMed(num_byzantine=1), Krum(num_byzantine=1), MultiKrum(num_byzantine=1),
-         GeometricMedian()]  # fmt: skip
+INNER = [
+    Median(), TrimmedMean(num_byzantine=1), MeaMed(num_byzantine=1), Krum(num_byzantine=1),
+    MultiKrum(num_byzantine=1), GeometricMedian(),
+]  # fmt: skip
 OUTER = {
     "nnm": lambda rule: NNM(rule=rule, num_byzantine=2),
     "arc": lambda rule: ARC(rule=rule, num_byzantine=2),

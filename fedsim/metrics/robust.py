@@ -2,8 +2,8 @@ r"""Accuracy on samples that an adversary has moved, each within a small box, to
 
 Madry et al., ICLR 2018: S steps of projected gradient ascent on the cross-entropy from a random start in the box of
 radius ε. https://arxiv.org/abs/1706.06083. With S = 1 one step of ε from the sample itself, the fast gradient sign
-method (Goodfellow et al., ICLR 2015, eq. in §4). https://arxiv.org/abs/1412.6572
-It bounds the accuracy under the worst adversary from above: a model that hides its gradients looks more robust than it is.
+method (Goodfellow et al., ICLR 2015, §4). https://arxiv.org/abs/1412.6572
+It bounds the accuracy under the worst adversary from above: a model that hides its gradients looks better than it is.
 """
 
 from __future__ import annotations
@@ -14,25 +14,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedsim.ascent import ascend, step_of
+from fedsim.ascent import Ascent
 from fedsim.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Adversary:
     """Moves samples before they are evaluated.
 
     Args:
-        radius: ε > 0 in units of the features as the model sees them.
-        num_steps: S ≥ 1.
-        bounds: least and largest value of a feature; None: no bound.
+        ascent: ε > 0, S ≥ 1 and the bounds; its step size follows from them.
         key: of the random starts, the same in all rounds.
 
     """
 
-    radius: float
-    num_steps: int
-    bounds: tuple[float | None, float | None]
+    ascent: Ascent
     key: int
 
     def __call__(self, logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, first: int) -> Tensor:
@@ -52,10 +48,6 @@ class Adversary:
             raise UserError(
                 f"metrics.robust_radius needs floating-point features, this data has {x.dtype}; set it to 0"
             )
-        once = self.num_steps == 1
-        key = None if once else torch.tensor(self.key + first, device=x.device)
-        step = self.radius if once else step_of(self.radius, self.num_steps)
-        return ascend(
-            logits, x, y,
-            radius=self.radius, step_size=step, num_steps=self.num_steps, bounds=self.bounds, key=key,
-        )  # fmt: skip
+        if self.ascent.num_steps == 1:
+            return self.ascent._replace(step_size=self.ascent.radius).moved(logits, x, y, None)
+        return self.ascent.moved(logits, x, y, torch.tensor(self.key + first, device=x.device))
