@@ -45,6 +45,7 @@ METHODS = (
     ["strategy=feddyn"],
     ["strategy=moon"],
     ["strategy=fedexp"],
+    ["strategy=qfedavg"],
     ["strategy=fedhyper_g"],
     ["strategy=fedhyper_sl"],
     ["strategy=fedhyper_cl"],

@@ -102,6 +102,7 @@ class Rule(Protocol):
                                                  answers so many rounds ≥ 1 late; the version itself unless given
         needs: tuple[str, …]                     names of values given to `bind` at build time: "local_training"
         bind(**values) -> Rule                   the same rule, knowing them
+        uploads: tuple[str, …]                   second uploads that it reads, a number > 0 of each client
         needs_rows: bool                         True: a linear rule that wants the matrix all the same
         local_parameters: str | (model) -> [str] patterns of the parameters that stay with their client, unless the
                                                  run's `model.local` says otherwise

@@ -98,6 +98,7 @@ def check_strategy(
     rows = rng.normal(size=(num_clients, sum(sizes))) + rng.normal(size=sum(sizes))  # (K, D)
     sizes_of = rng.integers(1, 50, num_clients)  # (K,)
     uploads = {name: torch.as_tensor(rng.normal(size=rows.shape)) for name in getattr(rule, "reduced_extras", ())}
+    uploads |= {name: torch.as_tensor(rng.uniform(0.1, 3.0, num_clients)) for name in getattr(rule, "uploads", ())}
     cohort = cohort_of(rows, sizes_of, sizes=sizes, round=2, extras=uploads)
     if hasattr(rule, "check"):
         rule.check(num_clients)
@@ -204,7 +205,8 @@ def _law_streaming(rule: Rule, cohort: Cohort) -> None:
 
 def _law_permutation(rule: Rule, cohort: Cohort) -> None:
     order = torch.arange(len(cohort)).roll(2).flip(0)
-    turned = replace(cohort, updates=cohort.rows[order], weights=cohort.weights[order])
+    extras = {name: value[order] for name, value in cohort.extras.items()}
+    turned = replace(cohort, updates=cohort.rows[order], weights=cohort.weights[order], extras=extras)
     _same("permutation", _run(rule, turned)[0], _run(rule, cohort)[0], "the result depends on the clients' order")
 
 

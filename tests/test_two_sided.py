@@ -18,6 +18,7 @@ from fedsim.clients.feddyn import FedDyn as FedDynClient
 from fedsim.clients.fedhyper import FedHyper as FedHyperClient
 from fedsim.clients.margin import Margin
 from fedsim.clients.moon import Moon
+from fedsim.clients.qfedavg import QFedAvg as QFedAvgClient
 from fedsim.clients.scaffold import Scaffold as ScaffoldClient
 from fedsim.clients.scaffold import ScaffoldI
 from fedsim.config import compose
@@ -30,6 +31,7 @@ from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.feddyn import FedDyn
 from fedsim.strategies.fedhyper import FedHyperCL, FedHyperG, FedHyperSL
 from fedsim.strategies.fednova import FedNova
+from fedsim.strategies.qfedavg import QFedAvg
 from fedsim.strategies.scaffold import Scaffold
 
 F, C, LR, STEPS = 3, 4, 0.4, 3
@@ -176,6 +178,45 @@ def test_the_oracle_is_fedavg(tmp_path):
         np.testing.assert_allclose(got[t], w, **EXACT)
 
 
+# --- q-FedAvg ---------------------------------------------------------------------------------------------------
+
+
+def mean_loss(w, k):
+    """F_k(w): the mean cross-entropy of client k's samples."""
+    x, y, owner = samples()
+    z = x[owner == k] @ w[: C * F].reshape(C, F).T + w[C * F :]
+    return np.mean(np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), y[owner == k]])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("q", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize("training", [{}, {"momentum": 0.5, "batch_size": 5, "local_steps": None}])
+def test_q_fedavg_against_algorithm_2(tmp_path, engine, q, training):
+    """Weighed by n_k where the paper's draw is by n_k; with q = 0 it is FedAvg."""
+    rule = QFedAvg(q=q, client_lr=LR)
+    got = models(start(tmp_path, rule, QFedAvgClient(), engine=engine, plan=SOME, **training), 4)
+    plain = start(tmp_path, FedAvg(), CrossEntropy(), engine=engine, plan=SOME, **training)
+    for t in range(1, 5):
+        w, top, bottom = got[t - 1], 0.0, 0.0
+        alone = [start(tmp_path, FedAvg(), CrossEntropy(), engine=engine, plan={t: [k]}, model=at(w), **training)
+                 for k in SOME[t]]  # fmt: skip
+        for k, loop in zip(SOME[t], alone, strict=True):
+            loop.step(t)
+            gradient_like, loss = (w - loop.weights.numpy()) / LR, mean_loss(w, k)
+            top = top + SIZES[k] * loss**q * gradient_like
+            bottom += SIZES[k] * (q * loss ** (q - 1) * gradient_like @ gradient_like + loss**q / LR)
+        np.testing.assert_allclose(got[t], w - top / bottom, **EXACT)
+    if q == 0:
+        np.testing.assert_allclose(models(plain, 4), got, **EXACT)
+
+
+def at(w):
+    """Return the model at w (D,)."""
+    model = Regression()
+    torch.nn.utils.vector_to_parameters(torch.as_tensor(w), model.parameters())
+    return model
+
+
 # --- SCAFFOLD ---------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +309,8 @@ def test_scaffolds_option_i_by_hand(tmp_path):
         (FedAvg(), ScaffoldClient(), "client: Scaffold .* strategy=scaffold client=scaffold"),
         (FedAvg(), FedDynClient(), "strategy=feddyn client=feddyn"),
         (FedDyn(), ScaffoldClient(), "choose both"),
+        (QFedAvg(), CrossEntropy(), "strategy=qfedavg client=qfedavg"),
+        (FedAvg(), QFedAvgClient(), "strategy=qfedavg client=qfedavg"),
     ],
 )
 def test_half_a_method_is_refused_before_anything_trains(tmp_path, strategy, client, said):
