@@ -36,6 +36,7 @@ EXEMPT = {
     "feddyn": dict.fromkeys(("unanimity", "translation"), "it takes its drift term off the mean"),
     "fedexp": dict.fromkeys(("homogeneity", "translation"), "its rate compares norms with each other and with epsilon"),
     "qfedavg": dict.fromkeys(EQUIVARIANCES, "its step shrinks by the clients' losses and the squares of their updates"),
+    "fedlex": dict.fromkeys(("unanimity", "translation"), "its first round explores and moves nothing"),
     "step_decay": dict.fromkeys(("unanimity", "translation"), "it shortens the mean"),
     "fedasync": dict.fromkeys(("unanimity", "translation"), "it goes only a part of the way to the clients' models"),
     "flag": {"translation": "its subspace passes through the origin"},

@@ -16,6 +16,7 @@ from fedsim.build import build
 from fedsim.clients.cross_entropy import CrossEntropy
 from fedsim.clients.feddyn import FedDyn as FedDynClient
 from fedsim.clients.fedhyper import FedHyper as FedHyperClient
+from fedsim.clients.fedlex import FedLEx as FedLExClient
 from fedsim.clients.margin import Margin
 from fedsim.clients.moon import Moon
 from fedsim.clients.qfedavg import QFedAvg as QFedAvgClient
@@ -25,11 +26,13 @@ from fedsim.config import compose
 from fedsim.console import Observer
 from fedsim.contracts import Dataset
 from fedsim.errors import UserError
+from fedsim.laws import cohort_of
 from fedsim.local import LocalTraining
 from fedsim.loop import Loop
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.feddyn import FedDyn
 from fedsim.strategies.fedhyper import FedHyperCL, FedHyperG, FedHyperSL
+from fedsim.strategies.fedlex import FedLEx
 from fedsim.strategies.fednova import FedNova
 from fedsim.strategies.qfedavg import QFedAvg
 from fedsim.strategies.scaffold import Scaffold
@@ -217,6 +220,73 @@ def at(w):
     return model
 
 
+# --- FedLEx -----------------------------------------------------------------------------------------------------
+
+SCOUTS = [[1.0, 0.0, 2.0], [1.0, 2.0, 0.0]]  # θ_k − θ₀
+
+
+def explored(scouts=SCOUTS, sizes=None, **arguments):
+    """Return what the first round makes of scouts' moves: the step and G."""
+    moves = torch.tensor(scouts, dtype=torch.float64)
+    cohort = cohort_of(moves, sizes=sizes, extras={"deviation": moves.square()})
+    rule = FedLEx(**arguments)
+    step, state, _ = rule(cohort, rule.init(cohort.layout, len(scouts)))
+    return step.tolist(), state["guidance"].tolist()
+
+
+def test_fedlex_by_hand():
+    """S = (1, 2, 2) of (1, 0, 4) and (1, 4, 0); the round itself goes nowhere."""
+    assert explored() == ([0, 0, 0], [0, 1, 1])
+    assert explored([[10 * x for x in row] for row in SCOUTS]) == ([0, 0, 0], [0, 1, 1])
+    assert explored(warm_start=True) == ([1, 1, 1], [0, 1, 1])
+    assert explored(floor=0.5)[1] == [0.5, 1, 1]
+    assert explored(even=True)[1] == [0, 1.5, 1.5]
+    assert explored(guide="mean")[1] == pytest.approx([2 / 3] * 3)
+    assert explored(sizes=[1, 2])[1] == [1, 1, 1]  # constant tensors are left alone
+    assert explored([[1.0, 2.0, 3.0, 4.0, 10.0]], scale="robust")[1] == pytest.approx([0, 0, 0, 7 / 12, 91 / 12])
+    moves = np.random.default_rng(0).normal(size=(3, 50)).tolist()
+    permuted, plain = explored(moves, guide="permuted")[1], explored(moves)[1]
+    assert permuted != plain
+    assert sorted(permuted) == sorted(plain)
+    assert (min(plain), max(plain)) == (0, 1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_fedlex_against_loops(tmp_path, engine, momentum):
+    loop = start(tmp_path, FedLEx(), FedLExClient(), engine=engine, plan=SOME, momentum=momentum)
+    got = models(loop, 4)
+    w = first()
+    np.testing.assert_array_equal(got[1], w)  # nothing of the exploration leaks
+    squares = np.mean([(local_sgd(w, k, momentum=momentum) - w) ** 2 for k in SOME[1]], axis=0)
+    guidance = np.concatenate([
+        (part - part.min()) / (part.max() - part.min()) for part in (squares[: C * F], squares[C * F :])
+    ])  # fmt: skip
+    np.testing.assert_allclose(loop.strategy.state["guidance"].numpy(), guidance, **EXACT)
+    for t in range(2, 5):
+        rows = []
+        for k in SOME[t]:
+            v, velocity = w.copy(), 0.0
+            for _ in range(STEPS):
+                velocity = momentum * velocity + guidance * gradient(v, k)
+                v = v - LR * velocity
+            rows.append(v)
+        w = average(rows, SOME[t])
+        np.testing.assert_allclose(got[t], w, **EXACT)
+
+
+def test_fedlex_around_another_rule_whose_memory_begins_in_the_second_round(tmp_path):
+    inner = FedHyperG(kappa=0.1)
+    loop = start(tmp_path, FedLEx(rule=inner, guide="mean", even=True), FedLExClient())
+    plain = start(tmp_path, inner, CrossEntropy())
+    np.testing.assert_allclose(models(loop, 4)[1:], models(plain, 3), **EXACT)  # G = 1
+
+
+def test_fedlex_refuses_clients_that_undo_it(tmp_path):
+    with pytest.raises(UserError, match=r"client\.optimizer=adamw undoes"):
+        start(tmp_path, FedLEx(), FedLExClient(), optimizer="adamw")
+
+
 # --- SCAFFOLD ---------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +379,7 @@ def test_scaffolds_option_i_by_hand(tmp_path):
         (FedAvg(), ScaffoldClient(), "client: Scaffold .* strategy=scaffold client=scaffold"),
         (FedAvg(), FedDynClient(), "strategy=feddyn client=feddyn"),
         (FedDyn(), ScaffoldClient(), "choose both"),
+        (FedLEx(), CrossEntropy(), "strategy=fedlex client=fedlex"),
         (QFedAvg(), CrossEntropy(), "strategy=qfedavg client=qfedavg"),
         (FedAvg(), QFedAvgClient(), "strategy=qfedavg client=qfedavg"),
     ],
