@@ -22,7 +22,8 @@ from fedsim.build import build
 from fedsim.config import compose
 from fedsim.console import Observer
 from fedsim.deploy import app_of
-from fedsim.engine.rounds import AllUpdatesBad, Trainer
+from fedsim.engine.failing import AllUpdatesBad
+from fedsim.engine.rounds import Trainer
 from fedsim.errors import UserError, did_you_mean
 from fedsim.experiment import Experiment
 from fedsim.flower.deployment import Deployed

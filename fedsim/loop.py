@@ -14,8 +14,9 @@ from fedsim.backend import EngineBackend
 from fedsim.console import Observer
 from fedsim.contracts import Cohort, LinearRule, Metrics, State
 from fedsim.dispatch import Dispatcher
+from fedsim.engine.failing import AllUpdatesBad
 from fedsim.engine.hosted import Hosted
-from fedsim.engine.rounds import AllUpdatesBad, Trainer
+from fedsim.engine.rounds import Trainer
 from fedsim.engine.task import clock_of
 from fedsim.errors import UserError, some_of
 from fedsim.evaluation import ClientFigures, Evaluator, with_evaluation

@@ -20,8 +20,8 @@ from fedsim.console import Observer
 from fedsim.contracts import Dataset, Partition
 from fedsim.data.splits import save_partition
 from fedsim.drawn import counts, names
+from fedsim.engine.failing import AllUpdatesBad, BadUpdate
 from fedsim.engine.precision import emulated
-from fedsim.engine.rounds import AllUpdatesBad, BadUpdate
 from fedsim.errors import ClientError, UserError
 from fedsim.experiment import Experiment
 from fedsim.files import atomic, save_tensors

@@ -20,7 +20,8 @@ from fedsim.clients.fedprox import FedProx
 from fedsim.clients.margin import Margin
 from fedsim.contracts import Partition, Phase
 from fedsim.engine import rounds
-from fedsim.engine.rounds import AllUpdatesBad, BadUpdate, Trainer
+from fedsim.engine.failing import AllUpdatesBad, BadUpdate
+from fedsim.engine.rounds import Trainer
 from fedsim.engine.sequential import Sequential
 from fedsim.engine.store import ClientStore
 from fedsim.engine.task import BUFFER, LOCAL, Job, Task

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort
 from fedsim.engine.blocks import concatenate, merge
+from fedsim.engine.failing import none_left
 from fedsim.engine.task import Block, Job, Task
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Hosted:
             self._rows[number * size : number * size + len(out)] = out
             folded[number] = (cohort, kept)
         if not any(len(cohort) for cohort, _ in folded.values()):
-            raise trainer._none_left(job)
+            raise none_left(job, trainer.bad, trainer.failures)
         parts, blocks = zip(*(folded[number] for number in sorted(folded)), strict=True)
         rows = np.concatenate([number * size + np.arange(len(folded[number][0])) for number in sorted(folded)])  # (k,)
         whole = bool((rows == np.arange(len(rows))).all())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,32 +13,18 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Streamed, Sums
 from fedsim.engine import apart
-from fedsim.engine.blame import users_place
 from fedsim.engine.blocks import concatenate, merge, select
+from fedsim.engine.failing import AllUpdatesBad, BadUpdate, failing, none_left
+from fedsim.engine.foreseen import before, foreseen
 from fedsim.engine.halving import Change, Halving
 from fedsim.engine.hosted import Hosted
 from fedsim.engine.pool import WorkersLost
-from fedsim.engine.task import Block, Engine, Job, Weighed, clock_of, num_steps, room
-from fedsim.errors import ClientError, UserError
+from fedsim.engine.task import Block, Engine, Job, Weighed, clock_of
+from fedsim.errors import UserError
 from fedsim.linalg import finite_rows
 from fedsim.local import Int64
 
 STREAM_BLOCK = 1 << 22  # entries of a block of streamed rows: what one costs beside its rows should not count
-
-
-class BadUpdate(RuntimeError):
-    """A client's update is not finite."""
-
-
-# What torch says of batch norm over a last batch of one sample names neither the batch nor a cure.
-_ONE_SAMPLE = (
-    "; batch norm needs two samples, and the last batch of this client has one: choose another client.batch_size "
-    "(null: all of a client's samples at once), or group norm"
-)
-
-
-class AllUpdatesBad(RuntimeError):
-    """No client of a round sent a finite update."""
 
 
 class Trained(NamedTuple):
@@ -47,15 +33,6 @@ class Trained(NamedTuple):
     job: Job
     block: Block
     updates: Tensor  # (k, D)
-
-
-class Unforeseen(dict[str, Tensor]):
-    """Second uploads before anybody has trained: nothing can be said about them, not even that there are none."""
-
-    def _asked(self, *_: Any) -> Any:
-        raise KeyError("second uploads")
-
-    get = __getitem__ = __contains__ = __iter__ = __len__ = items = keys = values = _asked
 
 
 class Trainer:
@@ -120,7 +97,7 @@ class Trainer:
             cohort = self._cohort(part, block, out)
             cohort = cohort if good is None else cohort.take(good)
         if trained is None or not len(cohort):
-            raise self._none_left(job)
+            raise none_left(job, self.bad, self.failures)
         return cohort, self._buffers(job, kept)
 
     def screen(self, cohort: Cohort) -> Cohort:
@@ -189,7 +166,7 @@ class Trainer:
             weight += c.double().sum()
             folded[number] = (cohort, norm, c, kept)
         if not any(len(cohort) for cohort, *_ in folded.values()):
-            raise self._none_left(job)
+            raise none_left(job, self.bad, self.failures)
         cohorts, norms, shares, buffers = zip(*(folded[number] for number in sorted(folded)), strict=True)
         cohort = concatenate(list(cohorts))
         means = {name: cohort.extras[name].mean(0) for name in reduced if name in cohort.extras}
@@ -219,10 +196,8 @@ class Trainer:
         keeps = self.task.stateful and hasattr(self.task.objective, "finish")
         if train_sum is None or plain is None or keeps or self._weighed:
             return None
-        ahead = room(self.task, job, num_steps(self.task, job))._replace(extras=Unforeseen())
-        try:
-            c = coefficients(replace(self._cohort(job, ahead, total), updates=None))  # (K,)
-        except KeyError:  # they hang on what clients will send
+        c = foreseen(coefficients, replace(self._cohort(job, before(self.task, job), total), updates=None))
+        if c is None:
             return None
         started = self.now()
         try:
@@ -277,8 +252,10 @@ class Trainer:
             raise
         except Exception:
             out = self.buffer(len(job)) if out is None else out
-            if not self._failing(job, out):
+            found = failing(self.engine, job, out, raises=self.on_client_error == "raise")
+            if not found:
                 raise
+            self.failures |= found
             left = np.flatnonzero([k not in self.failures for k in job.clients.tolist()])
             if not len(left):
                 return None
@@ -286,30 +263,6 @@ class Trainer:
             return Trained(part, apart.train(self.engine, part, rows), rows)
         finally:
             self.seconds += self.now() - started
-
-    def _failing(self, job: Job, out: Tensor) -> bool:
-        """Find the clients that fail, by training each alone: rows do not depend on one another. Say if any does."""
-        found = False
-        for k, client in enumerate(job.clients.tolist()):
-            try:
-                apart.train(self.engine, job.part(k, k + 1), out[k : k + 1])
-            except (torch.OutOfMemoryError, WorkersLost):
-                raise
-            except Exception as error:
-                what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-                what += _ONE_SAMPLE if "more than 1 value per channel" in what else ""
-                if self.on_client_error == "raise":
-                    place = f" ({line})" if (line := users_place(error)) else ""
-                    raise ClientError(f"client {client} failed in round {job.round}: {what}{place}") from error
-                self.failures[client], found = what, True
-        return found
-
-    def _none_left(self, job: Job) -> AllUpdatesBad:
-        why = [f"{len(self.bad)} are not finite"] if self.bad else []
-        if self.failures:
-            client, what = next(iter(self.failures.items()))
-            why.append(f"{len(self.failures)} clients failed, client {client} with {what}")
-        return AllUpdatesBad(f"round {job.round}: none of {len(job)} updates can be used: {'; '.join(why)}")
 
     def _judge(self, job: Job, block: Block) -> tuple[Tensor | None, Block]:
         """Find rows that are not finite; keep the state of the others. Return (their mask or None, good rows)."""
