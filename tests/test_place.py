@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -169,8 +170,10 @@ def rule_of(name):
 @pytest.mark.parametrize("name", rules())
 def test_every_rule_that_holds_a_matrix_gives_the_same_from_blocks(name):
     """That of a linear rule too, which holds it where something else asks for rows."""
-    given = cohort(matrix())
-    rule = rule_of(name)
+    rule, rng = rule_of(name), np.random.default_rng(5)
+    sent = {name: torch.from_numpy(rng.standard_normal((K, D))) for name in getattr(rule, "reduced_extras", ())}
+    sent |= {name: torch.from_numpy(rng.uniform(0.1, 3.0, K)) for name in getattr(rule, "uploads", ())}
+    given = replace(cohort(matrix()), extras=sent)
     state = rule.init(given.layout, 100)
     whole, _, metrics = rule(given, state)
     spy = Spy()
