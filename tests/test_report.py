@@ -312,6 +312,40 @@ def test_no_chart_is_left_alone_in_its_row(count, kind):
     assert columns_for(count) == kind
 
 
+def tuned_folder(folder):
+    """Write what `fedsim tune` leaves: the runs of a search, those of the report, and what was chosen."""
+    for seed in (0, 1):
+        for strategy in ("fedavg", "mine"):
+            write_run(folder / "report" / f"{strategy}-{seed}", strategy=strategy, seed=seed)
+    write_run(folder / "search" / "0", seed=1000)
+    (folder / "search" / "1").mkdir()
+    (folder / "search" / "1" / "plan.json").write_text("{}")
+    (folder / "search" / "trials.json").write_text('{"words": []}')
+    methods = [
+        {"values": {"strategy": name}, "best": {"client.lr": 0.3}, "score": 0.875, "failed": 0, "edges": edges}
+        for name, edges in (("fedavg", []), ("mine", ["strategy=mine: client.lr=0.3 is the highest that was tried"]))
+    ]
+    tuning = {"metric": "validation_accuracy", "search": "grid"}
+    tree = {"tuning": tuning, "budget": {"points": 3, "seeds": [1000, 1001]}, "methods": methods}
+    (folder / "tune.json").write_text(json.dumps(tree))
+
+
+def test_a_tuning_is_reported_without_its_search_and_with_its_budget(tmp_path):
+    tuned_folder(tmp_path / "tuned")
+    given = "tuned before, on other seeds: 3 trials × 2 seeds by grid search, chosen by validation accuracy."
+    for folder in (tmp_path / "tuned", tmp_path, tmp_path / "tuned" / "report"):
+        text = report([folder], format="markdown")[0]
+        assert "mean of 2 runs" in text
+        assert given in text
+        assert "left out" not in text  # a run of the search is not missing
+    page = report([tmp_path / "tuned"])[0]
+    check_whole(page)
+    assert "<td>mine</td><td>client.lr=0.3</td><td>87.50 %</td><td>0</td><td>client.lr=0.3 is the highest" in page
+    alone = report([tmp_path / "tuned" / "search"], format="markdown")[0]  # asked for by name
+    assert "1 of 2 runs failed or have not ended" in alone
+    assert given not in alone
+
+
 def test_hostile_names_are_text(tmp_path):
     write_run(tmp_path / "<b>x", strategy="<script>alert(1)</script>", accuracy=0.5)
     write_run(tmp_path / "&", strategy='"&<', accuracy=0.6)

@@ -14,6 +14,7 @@ from fedsim.report.groups import Table, group
 from fedsim.report.html import html
 from fedsim.report.runs import Run, num_unread, read
 from fedsim.report.tables import Comparison
+from fedsim.report.tuned import budget, tunings
 
 Writer = Callable[[Sequence[Run], Table, Comparison], str]
 
@@ -41,7 +42,7 @@ def report(
     are is said below the table and on standard error.
 
     Args:
-        folders: run folders, or folders that hold run folders, such as a sweep's.
+        folders: run folders, or folders that hold run folders, such as a sweep's; a tuning's search is not among them.
         format: html, latex, markdown or csv (plain numbers, every metric).
         out: file to write; None: report.html in the only folder, or here if there are several; for the other
             formats no file.
@@ -62,7 +63,9 @@ def report(
     if not table.methods:
         raise UserError(f"{', '.join(map(str, folders))}: no run has finished a round yet")
     comparison = tables.compare(table, tables.choose_metric(table, metric), tables.choose_baseline(table, baseline))
-    comparison = replace(comparison, left_out=_left_out(runs, table, num_unread(folders)))
+    searches = tunings(folders)
+    left_out = _left_out(runs, table, num_unread(folders))
+    comparison = replace(comparison, left_out=left_out, budget=budget(searches), searches=searches)
     if comparison.left_out and format != "html":  # the page says it by itself
         sys.stderr.write(f"note: {comparison.left_out}\n")
     text = FORMATS[format](runs, table, comparison)

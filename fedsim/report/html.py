@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from fedsim.report import background, delay, maps, sections, tables
+from fedsim.report import background, delay, maps, sections, tables, tuned
 from fedsim.report.groups import Table
 from fedsim.report.page import page, paragraph
 from fedsim.report.runs import Run
@@ -22,6 +22,7 @@ def html(runs: Sequence[Run], table: Table, comparison: tables.Comparison) -> st
     """
     parts = [
         sections.results(comparison, table),
+        tuned.chosen(comparison.searches),
         sections.against_rounds(table, "curves", "Curves", _bands(table), sections.CURVES),
         sections.costs(table),
         delay.section_of(table),

@@ -115,6 +115,11 @@ def _how_to_go_on(folder: Path) -> str:
     return f"; its {what} ended early, go on with: fedsim {verb} {quoted('resume', str(folder))}"
 
 
+def is_search(folder: Path) -> bool:
+    """Say whether a folder is the search of a tuning or an experiment: its runs are for choosing, not for reporting."""
+    return folder.name == "search" and (folder / "trials.json").is_file()
+
+
 def num_unread(folders: Sequence[Path]) -> int:
     """Count the runs in some folders that have no round: begun ones, and trials of a sweep that never began."""
     found: set[Path] = set()
@@ -124,7 +129,18 @@ def num_unread(folders: Sequence[Path]) -> int:
             for path in folder.glob("*/" * depth + "sweep.json"):
                 rows = json.loads(path.read_text(encoding="utf-8"))["trials"]
                 found.update(path.parent / row["trial"] for row in rows if row["state"] != "done")
-    return len({path.resolve() for path in found if not (path / "rounds.jsonl").is_file()})
+    begun, given = {path.resolve() for path in found}, {folder.resolve() for folder in folders}
+    return sum(not (path / "rounds.jsonl").is_file() and not _in_search(path, given) for path in begun)
+
+
+def _in_search(path: Path, given: set[Path]) -> bool:
+    """Say whether a run is of a search, where the search itself is not among the folders that were given."""
+    for folder in path.parents:
+        if folder in given:
+            return False
+        if is_search(folder):
+            return True
+    return False
 
 
 def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
@@ -132,7 +148,7 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
         yield folder
     elif depth:
         for child in folder.iterdir():
-            if child.is_dir() and child.name[0] != ".":
+            if child.is_dir() and child.name[0] != "." and not is_search(child):
                 yield from _run_folders(child, depth - 1)
 
 

@@ -13,6 +13,7 @@ from fedsim.errors import UserError, did_you_mean
 from fedsim.quantities import duration, size
 from fedsim.report.groups import Group, Table
 from fedsim.report.statistics import LEVEL, Mean, Paired, holm, mean_of, paired
+from fedsim.report.tuned import Tree
 
 BySeeds = Mapping[tuple[Any, ...], float]
 
@@ -37,6 +38,8 @@ class Comparison:
     baseline: str
     cells: Mapping[tuple[str, str], Cell]  # (method, setting)
     left_out: str = ""  # which runs are not in it, in a sentence
+    budget: str = ""  # what methods were tuned with, in a sentence
+    searches: Sequence[Tree] = ()  # the same, with what was chosen
 
 
 def lower_is_better(metric: str) -> bool:
@@ -177,7 +180,7 @@ def caption(comparison: Comparison, table: Table) -> str:
         text += f"; bold: the best{' and all not told apart from it' if counts[-1] > 1 else ''}"
     if any(cell.p is not None for cell in comparison.cells.values()):
         text += f"; *: differs from {comparison.baseline} (paired over seeds, Holm-adjusted p ≤ 0.05)"
-    return f"{text}. {comparison.left_out}".rstrip()
+    return " ".join(filter(None, (f"{text}.", comparison.budget, comparison.left_out)))
 
 
 def differs(cell: Cell) -> bool:
