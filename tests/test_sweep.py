@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -360,3 +361,23 @@ def test_a_report_of_what_was_killed_early_names_the_command_that_goes_on(tmp_pa
 def test_one_is_not_several():
     assert opening(1, 0, 1) == "1 trial, 1 at a time"
     assert opening(2, 1, 2) == "2 trials, 1 done already, 2 at a time"
+
+
+def test_the_time_left_counts_the_rounds_of_trials_that_run(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    shown = board.Board()
+    shown.begin(4, 1, 2)  # one was done before
+    assert shown.left == ""
+    for name, done in (("b", 0), ("c", 5)):  # the second goes on from round 5
+        shown.heard(Event("start", name, {"total": 10, "done": done}))
+    assert shown.left == ""
+    now[0] = 30.0
+    shown.heard(Event("round", "b", {"round": 2}))
+    shown.heard(Event("round", "c", {"round": 8}))
+    # Half a trial (2 and 3 of 10 rounds) took 30 s; 8 and 2 rounds and a whole trial are left.
+    assert shown.left == "2 min 0 s left"
+    shown.ended({"trial": "b", "state": "failed"}, 1.0)
+    now[0] = 60.0
+    # 1.3 trials took 60 s; 2 rounds and a whole one are left.
+    assert shown.left == "55 s left"

@@ -31,6 +31,10 @@ class Running:
     round: int = 0
     figures: dict[str, Any] = field(default_factory=dict)
 
+    def share(self, rounds: int) -> float:
+        """Return what share of the trial so many rounds are; 0 where nobody knows."""
+        return rounds / self.total if self.total else 0.0
+
     @property
     def left(self) -> str:
         """Time left, from the rounds so far."""
@@ -101,12 +105,13 @@ class Board:
 
     @property
     def left(self) -> str:
-        """Time left, from the trials that ended so far."""
-        ended = self.done + self.failed - self.before
-        missing = self.total - self.done - self.failed
-        if not ended or not missing:
+        """Time left, from the trials that ended so far and from the rounds of those that run."""
+        known = [one for one in self.running.values() if one.total]
+        spent = self.done + self.failed - self.before + sum(one.share(one.round - one.first) for one in known)
+        missing = self.total - self.done - self.failed - sum(one.share(one.round) for one in known)
+        if spent <= 0 or missing <= 0:
             return ""
-        return remaining((time.monotonic() - self.began) / ended * missing)
+        return remaining((time.monotonic() - self.began) / spent * missing)
 
 
 class Lines(Board):
