@@ -13,6 +13,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from scipy import stats
@@ -20,7 +22,7 @@ from scipy import stats
 import fedsim
 from fedsim import cli
 from fedsim.errors import UserError
-from fedsim.report import tables
+from fedsim.report import maps, tables
 from fedsim.report.charts import Line, heat_map, line_chart
 from fedsim.report.command import report
 from fedsim.report.difference import compare
@@ -344,6 +346,44 @@ def test_a_tuning_is_reported_without_its_search_and_with_its_budget(tmp_path):
     alone = report([tmp_path / "tuned" / "search"], format="markdown")[0]  # asked for by name
     assert "1 of 2 runs failed or have not ended" in alone
     assert given not in alone
+
+
+def test_attackers_are_below_the_others_and_have_a_section(tmp_path):
+    folder = write_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {
+            "honest_accuracy_mean": row["accuracy"],
+            "honest_distance": 0.5,
+            "honest_accuracy_jain": 0.1 * row["round"],
+        }
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {
+        "round": [1] * 4,
+        "client": [0, 1, 2, 3],
+        "byzantine": [1.0, 0.0, 0.0, 1.0],
+        "score": [0.0, 2.0, 1.0, 3.0],
+    }
+    pq.write_table(pa.table(columns), folder / "clients.parquet")
+    drawn = []
+    maps_of = maps.heat_map
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            maps,
+            "heat_map",
+            lambda title, values, **how: drawn.append((title, values)) or maps_of(title, values, **how),
+        )
+        text = report([folder])[0]
+    check_whole(text)
+    assert [(title, values.ravel().tolist()) for title, values in drawn if "score" in title] == [
+        ("score · fedavg", [1.0, 2.0, 0.0, 3.0])
+    ]
+    assert "client, attackers below" in text
+    assert "byzantine ·" not in text
+    own = text.partition('<section id="attack">')[2].partition("</section>")[0]
+    assert "honest distance" in own
+    assert "honest accuracy jain" not in own
+    assert "honest" not in text.partition('<section id="recorded">')[2].partition("</section>")[0]
 
 
 def test_hostile_names_are_text(tmp_path):

@@ -19,7 +19,7 @@ from fedsim.report.statistics import mean_of
 _STANDARD = (
     "accuracy", "loss", "validation_", "train_loss", "recall_", "balanced_accuracy", "ece", "client_", "held_out_",
     "drift_", "dissimilarity", "update_norm", "mean_norm", "cosine_", "decomposition_", "bytes_", "simulated_seconds",
-    "num_participants", "num_dropped", *delay.CURVES, *delay.ERRORS,
+    "num_participants", "num_dropped", "honest_", "num_byzantine", "backdoor_", *delay.CURVES, *delay.ERRORS,
 )  # fmt: skip
 _PHASES = ("train", "aggregate", "evaluate", "record")
 

@@ -29,6 +29,7 @@ def html(runs: Sequence[Run], table: Table, comparison: tables.Comparison) -> st
         maps.clients(table),
         maps.classes(table),
         maps.partitions(table),
+        sections.against_rounds(table, "attack", "Attack", _ATTACK, sections.ATTACK),
         sections.against_rounds(table, "drift", "Drift", _DRIFT, sections.DRIFT),
         sections.against_rounds(table, "decomposition", "The loss, term by term", _TERMS, sections.DECOMPOSITION),
         background.recorded(table),
@@ -49,6 +50,11 @@ def html(runs: Sequence[Run], table: Table, comparison: tables.Comparison) -> st
 _DRIFT = (
     "How far the clients of a round pull apart: the drift ratio is 1 where all move alike and 0 where they cancel; "
     "docs/metrics.md defines the others."
+)
+_ATTACK = (
+    "What the honest clients get of the model, what a backdoor's trigger does to it, how far the server's step is from "
+    "the honest clients' mean, in units of its norm and as a cosine, and how many attackers a round had "
+    "(docs/byzantine.md)."
 )
 _TERMS = (
     "Global loss = local loss of the clients' models on their own data + distribution shift + aggregation "

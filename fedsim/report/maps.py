@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from html import escape
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from fedsim.report import delay
 from fedsim.report.charts import colour_bar, data_uri, heat_map
 from fedsim.report.groups import Group, Table
-from fedsim.report.page import figures, paragraph, section
+from fedsim.report.page import columns_for, figures, paragraph, section
 from fedsim.report.runs import Run, is_seed
 from fedsim.report.sections import against_rounds
 
@@ -21,7 +22,7 @@ Int = npt.NDArray[np.int64]
 
 CLIENTS = ("client_accuracy_mean", "client_accuracy_worst", "client_accuracy_std", "held_out_accuracy_mean")
 _STANDARD = ("round", "client", "num_samples", "num_steps", "train_loss", "update_norm", "cosine", "test_accuracy",
-             "test_loss", "num_test_samples", *delay.COLUMNS)  # fmt: skip
+             "test_loss", "num_test_samples", "byzantine", *delay.COLUMNS)  # fmt: skip
 _MOST_MAPS = 24  # of one kind; a report stays small
 _MOST_PICTURES = 12
 _MOST_CELLS = 200  # of a heat-map, each way: more than it has pixels
@@ -41,7 +42,8 @@ def clients(table: Table) -> str:
     note = paragraph(f"Accuracy (%) of each client that has test samples of its own, by rank, {_whose(table)}.")
     # Settings stand side by side, as in the curves above; where there is one, the methods do.
     alone = all(len(row) == 1 for row in maps.values())
-    rows = [figures([row[0] for row in maps.values()])] if alone else [figures(row, "row") for row in maps.values()]
+    firsts = [row[0] for row in maps.values()]
+    rows = [figures(firsts, columns_for(len(firsts)))] if alone else [figures(row, "row") for row in maps.values()]
     return curves + "\n" + note + colour_bar((0.0, 1.0), _percent) + "".join(rows)
 
 
@@ -88,9 +90,12 @@ def by_client(run: Run, column: str) -> ByClient | None:
     return ByClient(ids, rounds, matrix)
 
 
-def _sorted_map(title: str, found: ByClient, axis: str, span: tuple[float, float], **how: Any) -> str:
-    """Draw clients, sorted by their last value, over rounds."""
-    matrix = _coarse(found.values[np.argsort(found.last, kind="stable")])
+def _sorted_map(
+    title: str, found: ByClient, axis: str, span: tuple[float, float], below: AbstractSet[int] = frozenset(), **how: Any
+) -> str:
+    """Draw clients, sorted by their last value, over rounds; some of them below the others."""
+    above = np.isin(found.clients, list(below))  # (K,) False comes first
+    matrix = _coarse(found.values[np.lexsort((found.last, above))])
     ends, ranks = [str(found.rounds[0]), str(found.rounds[-1])], ["1", str(len(found.clients))]
     return heat_map(title, matrix, axes=(axis, "round"), span=span, names=(ranks, ends), **how)
 
@@ -186,17 +191,29 @@ def _seed_text(run: Run) -> str:
 def recorded_of_clients(table: Table) -> str:
     """Return what strategies record of each client beside fedsim's own columns: quality scores, local rates."""
     drawn: list[str] = []
+    attacked = False
     for group in table.all:
+        attackers = _attackers(group.runs[0])
+        axis = "client, attackers below" if attackers else "client, low to high"
         for column in _own_columns(group.runs[0]):
             found = by_client(group.runs[0], column)
             if found is not None and len(drawn) < _MOST_MAPS:
+                attacked |= bool(attackers)
                 span = float(np.nanmin(found.values)), float(np.nanmax(found.values))
                 title = f"{column.replace('_', ' ')} · {group.name}"
-                drawn.append(_sorted_map(title, found, "client, low to high", span) + colour_bar(span))
+                drawn.append(_sorted_map(title, found, axis, span, attackers) + colour_bar(span, "{:.3g}".format))
     if not drawn:
         return ""
-    text = paragraph(f"What strategies and clients record of each client, {_whose(table)}.")
-    return section("recorded-clients", "Recorded of each client", text, figures(drawn))
+    text = f"What strategies and clients record of each client, by rank, {_whose(table)}."
+    text += " The lowest rows are those that attack." if attacked else ""
+    maps = figures(drawn, columns_for(len(drawn)))
+    return section("recorded-clients", "Recorded of each client", paragraph(text), maps)
+
+
+def _attackers(run: Run) -> set[int]:
+    """Return the clients that were seen to attack."""
+    found = by_client(run, "byzantine")
+    return set() if found is None else set(found.clients[found.last > 0].tolist())
 
 
 def _own_columns(run: Run) -> list[str]:

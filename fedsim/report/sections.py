@@ -20,6 +20,8 @@ Float = npt.NDArray[np.float64]
 
 CURVES = ("accuracy", "loss", "validation_accuracy", "train_loss")
 DRIFT = ("drift_ratio", "dissimilarity", "update_norm_mean", "cosine_mean", "cosine_previous", "mean_norm")
+ATTACK = ("honest_accuracy_mean", "honest_accuracy_worst", "backdoor_accuracy", "honest_distance", "honest_cosine",
+          "num_byzantine")  # fmt: skip
 DECOMPOSITION = (
     "decomposition_total", "decomposition_local", "decomposition_shift", "decomposition_aggregation",
 )  # fmt: skip
