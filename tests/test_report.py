@@ -348,7 +348,7 @@ def test_a_tuning_is_reported_without_its_search_and_with_its_budget(tmp_path):
     assert given not in alone
 
 
-def test_attackers_are_below_the_others_and_have_a_section(tmp_path):
+def test_attackers_are_below_the_others_and_have_a_section(tmp_path, monkeypatch):
     folder = write_run(tmp_path / "run")
     rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     for row in rows:
@@ -366,14 +366,13 @@ def test_attackers_are_below_the_others_and_have_a_section(tmp_path):
     }
     pq.write_table(pa.table(columns), folder / "clients.parquet")
     drawn = []
-    maps_of = maps.heat_map
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            maps,
-            "heat_map",
-            lambda title, values, **how: drawn.append((title, values)) or maps_of(title, values, **how),
-        )
-        text = report([folder])[0]
+
+    def draw(title, values, **how):
+        drawn.append((title, values))
+        return heat_map(title, values, **how)
+
+    monkeypatch.setattr(maps, "heat_map", draw)
+    text = report([folder])[0]
     check_whole(text)
     assert [(title, values.ravel().tolist()) for title, values in drawn if "score" in title] == [
         ("score · fedavg", [1.0, 2.0, 0.0, 3.0])
