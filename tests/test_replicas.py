@@ -243,7 +243,7 @@ def test_a_failure_is_of_the_run_that_it_belongs_to():
 def test_a_replicas_clock_stands_still_while_others_train_and_has_its_share_of_common_training():
     class Slow(Vectorized):
         def run(self, trainings):
-            time.sleep(0.2)
+            time.sleep(0.4)
             return super().run(trainings)
 
     problems = [problem(0, [4]), problem(1, [4])]
@@ -262,8 +262,8 @@ def test_a_replicas_clock_stands_still_while_others_train_and_has_its_share_of_c
     whole = time.perf_counter() - began
     engine.close()
     assert sum(took) <= whole
-    assert took[0] == pytest.approx(0.1, abs=0.08)
-    assert took[1] == pytest.approx(0.4, abs=0.08)
+    assert 0.19 < took[0] < 0.35  # half of the training; 0.4 without its share, 0.7 with its waiting
+    assert 0.49 < took[1] < 0.65
 
 
 def test_an_interrupt_unwinds_all_runs():
