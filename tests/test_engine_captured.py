@@ -15,6 +15,7 @@ from torch.nn import functional
 from fedsim import simulate
 from fedsim.clients.cross_entropy import CrossEntropy
 from fedsim.contracts import Partition, Phase
+from fedsim.engine import play, script
 from fedsim.engine.auto import make_engine
 from fedsim.engine.captured import Captured
 from fedsim.engine.record import record
@@ -74,6 +75,20 @@ def capture():
     yield make
     for engine in opened:
         engine.close()
+
+
+@pytest.mark.parametrize("batch_size", [20, None])
+def test_a_first_cohort_compiles_what_others_will_need(capture, monkeypatch, batch_size):
+    seen = []
+    monkeypatch.setattr(play, "compiled", lambda *given: seen.append(len(given[0])) or script.compiled(*given))
+    engine, job = capture(make_task(batch_size=batch_size)), make_job(make_task())
+    whole, _ = trained(capture(make_task(batch_size=batch_size)), job)
+    seen.clear()
+    for clients in ([2, 11], [0, 1, 3], list(range(12))):
+        none = np.zeros(len(clients), dtype=np.int64)
+        out, _ = trained(engine, replace(job, clients=np.array(clients), received=none))
+        assert torch.equal(out, whole[clients])
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("batch_size", [20, 16, None])

@@ -112,6 +112,18 @@ class Steps:
         return weighed / segment_sums(sizes, offsets).clamp(min=1)
 
 
+def batches_of(sizes: Int64, layout: Sizes) -> list[tuple[int, bool]]:
+    """Return (size with its padding, whether there is any) of every batch that clients of some sizes (K,) have.
+
+    >>> batches_of(np.array([70, 3]), Sizes(full=32, buckets=8, turns=0, gathered=1, drops=False))
+    [(4, True), (8, True), (32, False)]
+    """
+    ends = np.concatenate([np.minimum(sizes, layout.full), sizes % layout.full])
+    lengths: Int64 = np.flatnonzero(np.bincount(ends[ends > 0]))
+    padded = _bucket(lengths, layout.full, layout.buckets)
+    return sorted(set(zip(padded.tolist(), (padded != lengths).tolist(), strict=True)))
+
+
 def _places(versions: Int64) -> Int64:
     """Return the place of each version among the ascending ones."""
     places: Int64 = np.unique(versions, return_inverse=True)[1]

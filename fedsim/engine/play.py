@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from fedsim.engine.deferred import most
 from fedsim.engine.factors import Factors
 from fedsim.engine.late import TURNS
-from fedsim.engine.native import BUCKETS, GATHERED, Sizes, Steps
+from fedsim.engine.native import BUCKETS, GATHERED, Sizes, Steps, batches_of
 from fedsim.engine.record import NotRecordable, Program, record
 from fedsim.engine.script import compiled
 from fedsim.engine.step import Kind, Step
@@ -183,12 +184,27 @@ class Play:
                 places.append(block.weights)
         return places
 
+    def _coming(self) -> list[Kind]:
+        """Return the kinds of steps that clients have, of which a cohort may have met some only."""
+        if self.sizes.turns or self.step.of_batch:  # many more, few of which ever come
+            return []
+        found = []
+        for size, padded in batches_of(self.step.task.partition.sizes, self.sizes):
+            kind = self._kind(size, padded=padded)
+            with contextlib.suppress(NotRecordable):  # who meets it will be told
+                if self._program(kind).deferral == self._program(self._kind(self.full)).deferral:
+                    found.append(kind)
+        return found
+
     def loop(self, steps: Steps) -> Callable[..., None]:
-        """Return the loop over all kinds of steps met so far, and number some steps by it: compiling takes 20 ms."""
+        """Return the loop over all kinds of steps met so far, and number some steps by it.
+
+        Compiling takes 20 ms, whatever there is to compile: kinds that other clients will need are compiled at once.
+        """
         kinds = [self._kind(size, padded=padded, turn=turn) for size, padded, turn in steps.kinds]
         new = [kind for kind in kinds if kind not in self.known]
         if new or self._loop is None:
-            known = [*self.known, *new]
+            known = list(dict.fromkeys([*self.known, *new, *self._coming()]))
             programs = [self._program(kind) for kind in known]
             if len({(program.deferral, program.seen) for program in programs}) > 1:
                 raise NotRecordable("batches of some sizes do other things than batches of others")
