@@ -52,6 +52,10 @@ class Ditto:
         """Return the gradients, the personal model's with λ (v − w_received)."""
         return {name: self._pulled(name, grad, params, context) for name, grad in grads.items()}, {}
 
+    def untrained(self, params: Params) -> Params:
+        """Return the global model in the personal one's place, for a client that never trained one."""
+        return {f"personal.{name.removeprefix('shared.')}": value for name, value in params.items()}
+
     def _pulled(self, name: str, grad: Tensor, params: Mapping[str, Tensor], context: Context) -> Tensor:
         prefix, _, rest = name.partition(".")
         if prefix != "personal":

@@ -134,7 +134,7 @@ class EngineBackend:
         else:
             rows = []
             for k, w in zip(clients.tolist(), models.expand(len(clients), -1), strict=True):
-                local, buffers = own_parts(self.task, k, self.buffers)
+                local, buffers = own_parts(self.task, k, w, self.buffers)
                 positions = torch.from_numpy(self._tested(k, round)).to(self.task.device)
                 rows.append(predict(self.task, w, positions, buffers=buffers, local=local))
             loss, correct = torch.cat([r.loss for r in rows]), torch.cat([r.correct for r in rows])

@@ -273,6 +273,8 @@ class Objective(Protocol):
                                                   step_state["lr_scale"] (0-d), if there, is a factor on its rate
         finish(params, context) -> (client_state, extras, weight | None)   after the last step; None: n_k
         phases() -> tuple[Phase, …]               parts of the local round; `context.phase` counts them
+        untrained(shared params) -> {name: Tensor}        personal parameters that a client is tested with which never
+                                                  trained, from the server's model; the initial model's unless given
         half_of: str                              as a rule's
     """
 

@@ -150,7 +150,7 @@ class Evaluator:
         """Evaluate each client's own model on its own samples, client by client; return (outputs, labels)."""
         parts, labels = [], []
         for client in clients.tolist():
-            local, mine = own_parts(self.task, client, buffers)
+            local, mine = own_parts(self.task, client, weights, buffers)
             positions = self._put(data.of(client), round)
             parts.append(predict(self.task, weights, positions, buffers=mine, local=local, adversary=adversary))
             labels.append(self.task.y[positions])

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from fedsim.contracts import Partition, Phase
 from fedsim.data.splits import ClientSplits
-from fedsim.engine.evaluate import predict
+from fedsim.engine.evaluate import predict, untrained
 from fedsim.engine.sequential import Sequential
 from fedsim.engine.task import BUFFER, LOCAL, Job, Task
 from fedsim.local import Int64
@@ -54,7 +54,7 @@ class FineTuner:
     """
 
     def __init__(self, task: Task, splits: ClientSplits, num_steps: int) -> None:
-        self.store = task.store
+        self.store, self.whole = task.store, task
         self.adapt, self.test = adaptation_splits(splits, task.seed)
         self.clients: Int64 = np.flatnonzero((self.adapt.sizes > 0) & (self.test.sizes > 0))
         self.task = replace(
@@ -83,6 +83,7 @@ class FineTuner:
     def _accuracy(self, client: int, weights: Tensor, buffers: Tensor, round: int) -> Tensor:
         task, ids = self.task, np.array([client])
         kept = self.store.get(ids, task.device)
+        kept |= {LOCAL + name: value[None] for name, value in untrained(self.whole, client, weights).items()}
         job = Job(
             clients=ids, received=np.full(1, round - 1), models={round - 1: weights}, broadcasts={}, buffers=buffers,
             state={name: value for name, value in kept.items() if name.startswith((LOCAL, BUFFER))},

@@ -74,6 +74,16 @@ def test_accuracy_after_steps_of_gradient_descent(tmp_path, strategy, model):
     assert sizes.tolist() == test.sizes[tuner.clients].tolist()
 
 
+def test_who_never_trained_with_ditto_has_the_global_model_and_adapts_that(tmp_path):
+    words = ("metrics.finetune_steps=4", "model=logreg", "sampler=cyclic", "fraction=0.5")
+    loop, rows = run(tmp_path / "ditto", *words, "strategy=ditto")
+    plain, others = run(tmp_path / "fedavg", *words, "strategy=fedavg")
+    np.testing.assert_allclose(loop.weights.numpy(), plain.weights.numpy(), rtol=1e-12)
+    for name in ("held_out_accuracy_mean", "held_out_finetuned_accuracy_mean"):
+        assert rows[-1][name] == pytest.approx(others[-1][name], rel=1e-12)
+    assert rows[-1]["client_accuracy_mean"] != others[-1]["client_accuracy_mean"]  # who trained has a model of its own
+
+
 def test_it_leaves_no_trace(tmp_path):
     tuned, rows = run(tmp_path / "tuned", "metrics.finetune_steps=3", "strategy=fedper", "model=mlp")
     plain, other = run(tmp_path / "plain", "strategy=fedper", "model=mlp")

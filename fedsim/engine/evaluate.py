@@ -48,13 +48,23 @@ def _entries(task: Task) -> int:
     return _widest[task.module]
 
 
-def own_parts(task: Task, client: int, buffers: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def own_parts(task: Task, client: int, weights: Tensor, buffers: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Return what a client's model has of its own: personal parameters by name, and its buffers or the server's."""
     own = {name: value[0] for name, value in task.store.get(np.array([client]), task.device).items()}
     local = {name: own[LOCAL + name] for name in task.local.names}
+    local |= untrained(task, client, weights)
     if not task.buffers.size or BUFFER + task.buffers.names[0] not in own:
         return local, buffers
     return local, task.buffers.join({name: own[BUFFER + name].to(buffers.dtype) for name in task.buffers.names})
+
+
+def untrained(task: Task, client: int, weights: Tensor) -> dict[str, Tensor]:
+    """Return what an objective makes of weights (D,) for the personal parameters of a client that never trained."""
+    begin = getattr(task.objective, "untrained", None)
+    if begin is None or task.store.touched[client]:
+        return {}
+    values: dict[str, Tensor] = begin(task.shared.split(weights))
+    return values
 
 
 @torch.no_grad()
