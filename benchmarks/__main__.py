@@ -26,6 +26,7 @@ ALL = {
     "B5": "benchmarks.aggregation:b5",
     "B6": "benchmarks.scale:scale",
     "B7": "benchmarks.strategies:b7",
+    "hyper": "benchmarks.strategies:hyper",
     "B8": "benchmarks.crossover:b8",
     "B9": "benchmarks.replicas:b9",
     "overhead": "benchmarks.training:overhead",
@@ -36,7 +37,7 @@ ALL = {
     "workers": "benchmarks.workers:workers",
 }
 
-ON_REQUEST = ("memory", "auto", "gpu", "events", "workers")  # minutes, and no figure of the tables
+ON_REQUEST = ("hyper", "memory", "auto", "gpu", "events", "workers")  # minutes, and no figure of the tables
 
 
 def main() -> None:

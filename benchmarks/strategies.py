@@ -47,6 +47,24 @@ def b7(options: harness.Options, names: list[str] | None = None) -> dict[str, An
     }  # fmt: skip
 
 
+def hyper(options: harness.Options) -> dict[str, Any]:
+    """Race FedHyper's whole rounds over FedAvg's on B4 at cohort 100, on both engines that train client by client."""
+    work = workloads.b4()
+    engines = {"sequential": ["engine=sequential"], "captured": ["engine=vectorized", "engine.kernels=captured"]}
+    methods = ("fedavg", "fedhyper_g", "fedhyper_cl")
+    sides = {
+        f"{method} {name}": WholeRound(work, f"strategy={method}", *engine, cohort=work.cohort)
+        for name, engine in engines.items() for method in methods
+    }  # fmt: skip
+    pairs = [(f"fedavg {name}", f"{method} {name}") for name in engines for method in methods[1:]]
+    try:
+        result = harness.compare(sides, pairs, options, warm=3, most=15, budget=60.0)
+    finally:
+        for side in sides.values():
+            side.close()
+    return {"title": "whole rounds of FedHyper over FedAvg on B4", **result}
+
+
 def _seconds(side: harness.Side) -> float:
     side(1)
     began = time.perf_counter()
