@@ -31,8 +31,9 @@ BYZFL_SECONDS = {
     "fedavg": 0.06, "median": 5.6, "trimmed_mean": 3.2, "meamed": 13.2, "nnm": 44.1, "multi_krum": 1.9,
     "geometric_median": 2.9,
 }  # fmt: skip
-# What other frameworks have. Their rules differ in details (ByzFL's Krum counts one neighbour more, its NNM returns the
-# mixed rows where ours goes on to the trimmed mean), never in what has to be read.
+# What other frameworks have. Their rules differ in details (ByzFL's Krum counts one neighbour more), never in what has to
+# be read. ByzFL's NNM and ARC return the changed rows where ours go on to the trimmed mean and write none: the sides
+# `nnm_rows` and `arc_rows` are ours up to the written rows, which is ByzFL's work exactly.
 PEERS = {
     "byzfl": (
         "fedavg", "median", "trimmed_mean", "meamed", "krum", "multi_krum", "geometric_median", "centered_clipping",
@@ -40,6 +41,7 @@ PEERS = {
     ),
     "flower": ("fedavg", "median", "trimmed_mean", "krum", "multi_krum", "bulyan"),
 }  # fmt: skip
+ROWS = ("nnm", "arc")  # wrappers that have a side up to the rows
 SHARE_BYZANTINE = 5  # one client in five
 # Tensors of a small convolutional network, as shares of D: spectra are taken tensor by tensor.
 TENSORS = (0.0005, 0.0005, 0.01, 0.001, 0.08, 0.008, 0.35, 0.05, 0.45, 0.05)
@@ -89,14 +91,18 @@ def _peers(result: dict[str, Any], options: harness.Options) -> None:
                     result["left_out"][side] = str(error)[-300:]
                     continue
                 try:
-                    sides = {name: rule_side(name, cohort), side: theirs}
-                    part = harness.compare(sides, [(name, side)], options, warm=0, least=3, most=5)
+                    mine = {name: rule_side(name, cohort)}
+                    if name in ROWS:
+                        mine[f"{name}_rows"] = rows_side(name, cohort)
+                    pairs = [(ours, side) for ours in mine]
+                    part = harness.compare({**mine, side: theirs}, pairs, options, warm=0, least=3, most=5)
                 except PeerError as error:
                     result["left_out"][side] = str(error)[-300:]
                 else:
                     result["ratios"] |= part["ratios"]
-                    result["figures"][side] = part["figures"][side]
-                    result["seconds"][side] = part["seconds"][side]
+                    for shown in (side, *(ours for ours in mine if ours != name)):
+                        result["figures"][shown] = part["figures"][shown]
+                        result["seconds"][shown] = part["seconds"][shown]
                 finally:
                     theirs.close()
 
@@ -135,12 +141,7 @@ def draw(count: int, size: int) -> Cohort:
 
 def rule_side(name: str, cohort: Cohort) -> harness.Side:
     """Return a rule's work on a cohort, told that one client in five is Byzantine if it has to be told."""
-    told = {"num_byzantine": len(cohort) // SHARE_BYZANTINE}
-    arguments: dict[str, Any] = {**told, "rule": TrimmedMean(**told)} if name == "nnm" else dict(told)
-    try:
-        rule = build_rule(name, **arguments)
-    except UserError:
-        rule = build_rule(name)
+    rule = _rule(name, cohort)
     state = rule.init(cohort.layout, len(cohort))
 
     def apply(number: int) -> Tensor:
@@ -148,6 +149,26 @@ def rule_side(name: str, cohort: Cohort) -> harness.Side:
         return delta
 
     return apply
+
+
+def rows_side(name: str, cohort: Cohort) -> harness.Side:
+    """Return the work of a wrapper up to the rows (K, D) that its inner rule sees, written out."""
+    rule = _rule(name, cohort)
+
+    def apply(number: int) -> Tensor:
+        rows: Tensor = rule.mix(cohort)[0].rows
+        return rows
+
+    return apply
+
+
+def _rule(name: str, cohort: Cohort) -> Any:
+    told = {"num_byzantine": len(cohort) // SHARE_BYZANTINE}
+    arguments: dict[str, Any] = {**told, "rule": TrimmedMean(**told)} if name in ROWS else dict(told)
+    try:
+        return build_rule(name, **arguments)
+    except UserError:
+        return build_rule(name)
 
 
 def _suffixed(name: str, suffix: str) -> str:

@@ -44,6 +44,7 @@ METHODS = (
     ["strategy=fednova"],
     ["strategy=feddyn"],
     ["strategy=moon"],
+    ["strategy=fal"],
     ["strategy=fedexp"],
     ["strategy=qfedavg"],
     ["strategy=fedlex"],

@@ -182,6 +182,15 @@ def test_rules_are_told_how_many_attack_and_take_their_full_step():
     assert float((aggregation.rule_side("fedld", cohort)(1) - mean).norm() / mean.norm()) > 0.01
 
 
+def test_wrappers_have_a_side_that_writes_their_rows():
+    aggregation = module("aggregation")
+    cohort = aggregation.draw(11, 500)
+    rows = aggregation.rows_side("nnm", cohort)(1)
+    nearest = torch.cdist(cohort.rows.double(), cohort.rows.double()).argsort(1)[:, : 11 - 11 // 5]
+    torch.testing.assert_close(rows, cohort.rows[nearest].mean(1), rtol=1e-4, atol=1e-5)
+    assert aggregation.rows_side("arc", cohort)(1).shape == (11, 500)
+
+
 def test_b2s_file_gives_every_client_samples(tmp_path, monkeypatch):
     whole = module("whole")
     monkeypatch.setattr(whole, "NUM_SAMPLES", 5000)
