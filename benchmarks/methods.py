@@ -45,6 +45,7 @@ METHODS = (
     ["strategy=feddyn"],
     ["strategy=moon"],
     ["strategy=fal"],
+    ["strategy=qfedavg"],
     ["strategy=fedexp"],
     ["strategy=qfedavg"],
     ["strategy=fedlex"],

@@ -10,7 +10,7 @@ the given ones are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from threading import Lock
 from typing import Any
@@ -73,7 +73,7 @@ def _gram(updates: Tensor, dtype: torch.dtype | None = None, origin: Tensor | No
             inner += _square(x) if on_cpu else x @ x.T
         return inner
 
-    with full_precision(home.device), _one_thread_a_product():
+    with full_precision(home.device), _one_thread_a_product() if on_cpu else nullcontext():
         threads = threads_for(home.device)
         parts = blocks(updates, BLOCK)
         for part in each(product, list(parts), threads) if threads > 1 else map(product, parts):

@@ -25,10 +25,13 @@ from fedsim.place import beside, blocks, each, threads_for
 WIDTH = 3 << 13
 """Columns of a block on a CPU: rows of 96 KB: a call costs little beside its work, and fifty rows stay cached."""
 
+SORT_WIDTH = 1 << 13
+"""Columns of a block that is transposed and sorted."""
+
 DEVICE_WIDTH = 1 << 20
 """Columns of a block on an accelerator."""
 
-NETWORK = 64
+NETWORK = 100
 """The most rows that a network puts in order: beyond, NumPy's vectorised sort of transposed columns is faster."""
 
 Comparator: TypeAlias = tuple[int, int, bool, bool]  # two wires; whether the smaller, the larger value is read on
@@ -40,7 +43,7 @@ class Statistic(NamedTuple):
     low: int  # the ranks low … high − 1, from 0
     high: int
     ordered: bool  # whether they are told apart
-    finish: Callable[[Sequence[Tensor]], Tensor]  # their rows (d,), which it must not write, to (d,)
+    finish: Callable[[Sequence[Tensor] | Tensor], Tensor]  # their rows (d,), which it must not write, to (d,)
 
 
 def median(rows: Rows, chosen: Tensor | None = None) -> Tensor:
@@ -84,20 +87,22 @@ def _median(count: int) -> Statistic:
     return Statistic((count - 1) // 2, count // 2 + 1, True, _middle)
 
 
-def _middle(ascending: Sequence[Tensor]) -> Tensor:
+def _middle(ascending: Sequence[Tensor] | Tensor) -> Tensor:
     low, high = ascending[(len(ascending) - 1) // 2], ascending[len(ascending) // 2]  # (d,)
     return low / 2 + high / 2  # the sum itself could overflow
 
 
-def _mean(rows: Sequence[Tensor]) -> Tensor:
+def _mean(rows: Sequence[Tensor] | Tensor) -> Tensor:
     share = 1 / len(rows)
+    if isinstance(rows, Tensor):  # one product reads sorted columns where they lie
+        return rows.new_full((len(rows),), share) @ rows
     total = rows[0] * share  # (d,)
     for row in rows[1:]:
         total.add_(row, alpha=share)
     return total
 
 
-def _nearest(ascending: Sequence[Tensor], kept: int) -> Tensor:
+def _nearest(ascending: Sequence[Tensor] | Tensor, kept: int) -> Tensor:
     """Return the mean (d,) of the `kept` rows nearest to the middle.
 
     They are a window of neighbours, which begins as the lowest. Its value of rank i makes room for that of rank
@@ -172,7 +177,7 @@ def _reduce(rows: Rows, statistic: Callable[[int], Statistic], chosen: Tensor | 
     count = len(rows) if index is None else len(index)
     ranks = statistic(count)
     on_cpu = result.device.type == "cpu"
-    width = WIDTH if on_cpu else DEVICE_WIDTH
+    width = (WIDTH if count <= NETWORK else SORT_WIDTH) if on_cpu else DEVICE_WIDTH
 
     def fill(parts: Iterable[tuple[slice, Tensor]]) -> None:
         work = _Workspace(count, width, result)
@@ -208,7 +213,8 @@ class _Workspace:
             result = ranks.finish(self.ordered(values, ranks))
             if not bool(result.sum().isnan()):
                 return result
-        return ranks.finish(sort_columns(values, ranks.low, ranks.high))
+        ascending = sort_columns(values, ranks.low, ranks.high)  # (k, d)
+        return ranks.finish(ascending.contiguous() if ranks.ordered else ascending)
 
     def ordered(self, values: Tensor, ranks: Statistic) -> list[Tensor]:
         """Return the rows (d,) of the wanted ranks of values (K, d)."""
@@ -235,10 +241,10 @@ class _Workspace:
         return [torch.from_numpy(x) for x in wanted] if self.numpys else wanted
 
 
-def sort_columns(values: Tensor, low: int, high: int) -> list[Tensor]:
-    """Return the rows (d,) of the ranks low … high − 1 of the columns of values (K, d), a NaN above all numbers."""
+def sort_columns(values: Tensor, low: int, high: int) -> Tensor:
+    """Return the rows (k, d) of the ranks low … high − 1 of the columns of values (K, d), a NaN above all numbers."""
     if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
         columns = values.numpy().T.copy()  # (d, K) contiguous
         columns.sort(axis=1)  # NumPy sorts short contiguous rows with SIMD, twenty times torch's speed
-        return list(torch.from_numpy(columns[:, low:high].T.copy()))
-    return list(values.sort(dim=0).values[low:high])
+        return torch.from_numpy(columns).T[low:high]
+    return values.sort(dim=0).values[low:high]
