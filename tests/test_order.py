@@ -180,6 +180,20 @@ def test_equal_mixtures_of_float32_rows_are_at_no_distance():
     torch.testing.assert_close(distances, want, rtol=1e-4, atol=1e-12)
 
 
+def test_equal_mixtures_alone_ask_for_no_more_precision(monkeypatch):
+    """They are at no distance whatever the precision: the Gram matrix is not taken once more in float64."""
+    taken, real = [], linalg._gram
+    monkeypatch.setattr(linalg, "_gram", lambda *given: taken.append(given) or real(*given))
+    source = torch.randn(40, 200, generator=torch.Generator().manual_seed(0))
+    by = torch.rand(41, 40, generator=torch.Generator().manual_seed(1)).round()
+    by[[3, 17, 40]] = by[5].clone()
+    distances = square_distances(mapped(by, source))
+    assert len(taken) == 1
+    assert not distances[[3, 17, 40]][:, [3, 5, 17, 40]].any()
+    want = torch.cdist(by.double() @ source.double(), by.double() @ source.double()).square()
+    torch.testing.assert_close(distances, want, rtol=1e-4, atol=1e-6)
+
+
 class Largest(TorchDispatchMode):
     """Notes the most entries of a tensor that an operation returns, but of views."""
 
