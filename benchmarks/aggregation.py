@@ -31,8 +31,8 @@ BYZFL_SECONDS = {
     "fedavg": 0.06, "median": 5.6, "trimmed_mean": 3.2, "meamed": 13.2, "nnm": 44.1, "multi_krum": 1.9,
     "geometric_median": 2.9,
 }  # fmt: skip
-# What other frameworks have. Their rules differ in details (ByzFL's Krum counts one neighbour more), never in what has to
-# be read. ByzFL's NNM and ARC return the changed rows where ours go on to the trimmed mean and write none: the sides
+# What other frameworks have. Their rules differ in details (ByzFL's Krum counts one neighbour more), never in what has
+# to be read. ByzFL's NNM and ARC return the changed rows where ours go on to the trimmed mean and write none: the sides
 # `nnm_rows` and `arc_rows` are ours up to the written rows, which is ByzFL's work exactly.
 PEERS = {
     "byzfl": (

@@ -47,7 +47,6 @@ METHODS = (
     ["strategy=fal"],
     ["strategy=qfedavg"],
     ["strategy=fedexp"],
-    ["strategy=qfedavg"],
     ["strategy=fedlex"],
     ["strategy=fedlex", "strategy.even=true"],
     ["strategy=fedlex", "strategy.even=true", "strategy.guide=permuted"],
