@@ -254,3 +254,10 @@ def test_versions_agree():
         re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1],
     }
     assert len(versions) == 1
+
+
+def test_the_table_of_claims_is_that_of_the_sections_below_it():
+    from fedsim.study.overview import with_overview
+
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert with_overview(page) == page
