@@ -12,17 +12,17 @@ a block where one shows are sorted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedsim.mapped import Mapped, Rows, source_of
 from fedsim.place import beside, blocks, each, threads_for
+from fedsim.scripted import as_written
 
-WIDTH = 3 << 13
+WIDTH = 1 << 15
 """Columns of a block on a CPU: rows of 96 KB: a call costs little beside its work, and fifty rows stay cached."""
 
 SORT_WIDTH = 1 << 13
@@ -35,6 +35,61 @@ NETWORK = 100
 """The most rows that a network puts in order: beyond, NumPy's vectorised sort of transposed columns is faster."""
 
 Comparator: TypeAlias = tuple[int, int, bool, bool]  # two wires; whether the smaller, the larger value is read on
+
+
+# TorchScript, for two threads that ask Python's lock for each of some hundred small operations are slower than one.
+_TEXT = """
+def order(wires: List[Tensor], slots: List[Tensor], walked: List[int]) -> List[Tensor]:
+    spare = slots[len(slots) - 1]
+    for k in range(0, len(walked), 3):
+        i = walked[k]
+        j = walked[k + 1]
+        low = wires[i]
+        high = wires[j]
+        if walked[k + 2] == 3:
+            torch.minimum(low, high, out=spare)
+            wires[j] = torch.maximum(low, high, out=slots[j])  # written before, it is `high` itself
+            wires[i] = spare
+            free = slots[i]
+            slots[i] = spare
+            spare = free
+        elif walked[k + 2] == 1:
+            wires[i] = torch.minimum(low, high, out=slots[i])
+        else:
+            wires[j] = torch.maximum(low, high, out=slots[j])
+    return wires
+
+
+def middle(ascending: List[Tensor]) -> Tensor:
+    low = ascending[(len(ascending) - 1) // 2]
+    return low / 2 + ascending[len(ascending) // 2] / 2  # the sum itself could overflow
+
+
+def mean(rows: List[Tensor]) -> Tensor:
+    share = 1.0 / len(rows)
+    total = rows[0] * share
+    for k in range(1, len(rows)):
+        total.add_(rows[k], alpha=share)
+    return total
+
+
+def nearest(ascending: List[Tensor], kept: int) -> Tensor:
+    # The `kept` rows nearest to the middle are a window of neighbours, which begins as the lowest. Its value of rank i
+    # makes room for that of rank i + kept where the latter is nearer, and no sum ever holds a value that does not
+    # count: it could be an attacker's.
+    center = middle(ascending)
+    window = ascending[:kept]
+    for rank in range(kept, len(ascending)):
+        low = window[rank % kept]
+        high = ascending[rank]
+        window[rank % kept] = torch.where(high - center < center - low, high, low)
+    return mean(window)
+"""
+
+
+@cache
+def _native() -> Any:
+    return torch.jit.CompilationUnit(_TEXT)
 
 
 class Statistic(NamedTuple):
@@ -66,7 +121,7 @@ def trimmed_mean(rows: Rows, trimmed: int, chosen: Tensor | None = None) -> Tens
         chosen: (K,) bool, the rows that count; None: all.
 
     """
-    return _reduce(rows, lambda count: Statistic(trimmed, count - trimmed, False, _mean), chosen)
+    return _reduce(rows, lambda count: Statistic(trimmed, count - trimmed, False, _native().mean), chosen)
 
 
 def mean_around_median(rows: Rows, kept: int, chosen: Tensor | None = None) -> Tensor:
@@ -80,40 +135,11 @@ def mean_around_median(rows: Rows, kept: int, chosen: Tensor | None = None) -> T
         chosen: (K,) bool, the rows that count; None: all.
 
     """
-    return _reduce(rows, lambda count: Statistic(0, count, True, lambda x: _nearest(x, kept)), chosen)
+    return _reduce(rows, lambda count: Statistic(0, count, True, lambda x: _native().nearest(x, kept)), chosen)
 
 
 def _median(count: int) -> Statistic:
-    return Statistic((count - 1) // 2, count // 2 + 1, True, _middle)
-
-
-def _middle(ascending: Sequence[Tensor] | Tensor) -> Tensor:
-    low, high = ascending[(len(ascending) - 1) // 2], ascending[len(ascending) // 2]  # (d,)
-    return low / 2 + high / 2  # the sum itself could overflow
-
-
-def _mean(rows: Sequence[Tensor] | Tensor) -> Tensor:
-    share = 1 / len(rows)
-    if isinstance(rows, Tensor):  # one product reads sorted columns where they lie
-        return rows.new_full((len(rows),), share) @ rows
-    total = rows[0] * share  # (d,)
-    for row in rows[1:]:
-        total.add_(row, alpha=share)
-    return total
-
-
-def _nearest(ascending: Sequence[Tensor] | Tensor, kept: int) -> Tensor:
-    """Return the mean (d,) of the `kept` rows nearest to the middle.
-
-    They are a window of neighbours, which begins as the lowest. Its value of rank i makes room for that of rank
-    i + `kept` where the latter is nearer, and no sum ever holds a value that does not count: it could be an attacker's.
-    """
-    center = _middle(ascending)  # (d,)
-    window = list(ascending[:kept])
-    for rank in range(kept, len(ascending)):
-        low, high = window[rank % kept], ascending[rank]  # (d,)
-        window[rank % kept] = torch.where(high - center < center - low, high, low)
-    return _mean(window)
+    return Statistic((count - 1) // 2, count // 2 + 1, True, _native().middle)
 
 
 # --- how they are put in order --------------------------------------------------------------------------------------
@@ -159,6 +185,13 @@ def network(count: int, low: int, high: int, ordered: bool) -> tuple[Comparator,
     return min(whole, _read(parted, low, high), key=lambda comparators: sum(a + b for _, _, a, b in comparators))
 
 
+@lru_cache(maxsize=256)
+def flat_network(count: int, low: int, high: int, ordered: bool) -> list[int]:
+    """Return a network as `order` walks it: two wires and 1 (smaller), 2 (larger) or 3 of each comparator."""
+    comparators = network(count, low, high, ordered)
+    return [number for i, j, smaller, larger in comparators for number in (i, j, smaller + 2 * larger)]
+
+
 def _read(comparators: Sequence[tuple[int, int]], low: int, high: int) -> tuple[Comparator, ...]:
     """Return the comparators on which the wires low … high − 1 depend."""
     read, found = set(range(low, high)), []
@@ -201,44 +234,24 @@ class _Workspace:
     def __init__(self, count: int, width: int, like: Tensor) -> None:
         self.memory = like.new_empty(0)
         self.count, self.width = count, width
-        # NumPy's calls cost a third of torch's, which is what counts on rows of a few thousand values.
-        numpys = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64)
-        self.minimum: Any = np.minimum if numpys else torch.minimum
-        self.maximum: Any = np.maximum if numpys else torch.maximum
-        self.numpys = numpys
 
     def statistic(self, values: Tensor, ranks: Statistic) -> Tensor:
         """Return a statistic (d,) of values (K, d)."""
-        if self.count <= NETWORK:
-            result = ranks.finish(self.ordered(values, ranks))
-            if not bool(result.sum().isnan()):
-                return result
-        ascending = sort_columns(values, ranks.low, ranks.high)  # (k, d)
-        return ranks.finish(ascending.contiguous() if ranks.ordered else ascending)
+        with as_written():
+            if self.count <= NETWORK:
+                result = ranks.finish(self.ordered(values, ranks))
+                if not bool(result.sum().isnan()):
+                    return result
+            ascending = sort_columns(values, ranks.low, ranks.high)  # (k, d)
+            return ranks.finish(list(ascending.contiguous() if ranks.ordered else ascending))
 
     def ordered(self, values: Tensor, ranks: Statistic) -> list[Tensor]:
         """Return the rows (d,) of the wanted ranks of values (K, d)."""
         if not len(self.memory):
             self.memory = self.memory.new_empty(self.count + 1, min(self.width, values.shape[1]))  # (K+1, d)
-        slots: list[Any] = list(self.memory[:, : values.shape[1]])
-        wires: list[Any] = list(values)
-        if self.numpys:
-            slots, wires = [x.numpy() for x in slots], [x.numpy() for x in wires]
-        *slots, spare = slots
-        with np.errstate(invalid="ignore"):  # a NaN
-            for i, j, smaller, larger in network(self.count, ranks.low, ranks.high, ranks.ordered):
-                low, high = wires[i], wires[j]
-                if smaller and larger:
-                    self.minimum(low, high, out=spare)
-                    self.maximum(low, high, out=slots[j])  # written before, it is `high` itself
-                    wires[i], wires[j] = spare, slots[j]
-                    slots[i], spare = spare, slots[i]
-                elif smaller:
-                    wires[i] = self.minimum(low, high, out=slots[i])
-                else:
-                    wires[j] = self.maximum(low, high, out=slots[j])
-        wanted = wires[ranks.low : ranks.high]
-        return [torch.from_numpy(x) for x in wanted] if self.numpys else wanted
+        walked = flat_network(self.count, ranks.low, ranks.high, ranks.ordered)
+        wires: list[Tensor] = _native().order(list(values), list(self.memory[:, : values.shape[1]]), walked)
+        return wires[ranks.low : ranks.high]
 
 
 def sort_columns(values: Tensor, low: int, high: int) -> Tensor:

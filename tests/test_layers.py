@@ -16,7 +16,7 @@ FOLDERS = ("fedsim", "strategies", "clients")
 # From the bottom up; a module imports from its own layer and those below. A module that is not named is held by the
 # other rules alone.
 STACK = (
-    ("errors", "files", "layout", "rng", "place", "mapped", "linalg", "order", "ascent", "contracts"),
+    ("errors", "files", "layout", "rng", "scripted", "place", "mapped", "linalg", "order", "ascent", "contracts"),
     (
         "local",
         "samplers",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -25,9 +24,7 @@ from fedsim.engine.step import Step
 from fedsim.engine.task import LOCAL, Block, Job, Task, Weighed, local_round, room, row_keys
 from fedsim.errors import UserError
 from fedsim.local import Int64
-
-# The optimising executor runs other products in its first calls than later: bits would depend on a resume.
-_as_written: Any = partial(getattr(torch.jit, "optimized_execution"), False)  # noqa: B009  (not among torch's typed names)
+from fedsim.scripted import as_written
 
 MOST = 16  # blocks whose rows are summed before the blocks are
 LOSSES = 64  # samples up to which each size of a batch may have a program
@@ -133,7 +130,7 @@ class Captured:
             if summed:  # the sum of one block alone needs no room of its own
                 total = sums[number] = summed[1] if len(parts) == 1 else self._empty(summed[1])
             try:
-                with torch.inference_mode(), _as_written():  # which spares each operation a look at autograd
+                with as_written():
                     loop(
                         *work, starts, common, corrections, step.x, task.y, lane.flat, lane.params, lane.slots,
                         lane.apart, lane.apart_views, lane.local, kept, own, left, out,

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Hashable
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedsim.engine.record import record
+from fedsim.scripted import as_written
 
 Function = Callable[[list[Tensor]], list[Tensor]]
 
 MOST = 64  # programs that are kept; the least recently used goes first
-_as_written: Any = partial(getattr(torch.jit, "optimized_execution"), False)  # noqa: B009  (not among torch's typed names)
 
 
 class Replay:
@@ -72,7 +70,7 @@ def compiled(function: Function, inputs: list[Tensor]) -> Function:
     unit, constants = torch.jit.CompilationUnit(text), list(program.constants)
 
     def run(values: list[Tensor]) -> list[Tensor]:
-        with torch.inference_mode(), _as_written():
+        with as_written():
             results = unit.run(values, [], constants)
         return [result.clone() for result in results]  # what autograd may go on with
 
