@@ -28,6 +28,9 @@ from fedsim.place import map_columns as map_columns
 BLOCK = 1 << 16
 """Columns of a block, whose sums are added up in float64."""
 
+NOISE = 1e-3
+"""Share of the squares in a difference of float32 products below which it is rounding noise, not a distance."""
+
 PRODUCT = 1 << 12
 """Columns that one product sums in the updates' own precision on a CPU: fifty rows of them are nearly cached."""
 
@@ -45,8 +48,7 @@ def gram(updates: Rows, origin: Tensor | None = None) -> Tensor:
     if isinstance(updates, Mapped):
         if origin is not None:
             return gram(updates.written, origin)
-        inner = updates.matrix @ gram(updates.source) @ updates.matrix.T  # (M, M)
-        return (inner + inner.T) / 2
+        return _mapped_gram(updates)
     inner = _gram(updates, None, origin)  # (K, K)
     if updates.dtype == torch.float64 or updates.shape[1] == 0:
         return inner
@@ -54,6 +56,26 @@ def gram(updates: Rows, origin: Tensor | None = None) -> Tensor:
     if bool(torch.isfinite(largest) & (largest > 1e-24)):  # a row of norm 1e-12: its products are still normal
         return inner
     return _gram(updates, torch.float64, origin)
+
+
+def _mapped_gram(rows: Mapped) -> Tensor:
+    """Return M X Xᵀ Mᵀ (M, M). Where a row is far shorter than its terms, float32 products would be rounding noise."""
+
+    def product(inner: Tensor) -> Tensor:
+        outer = rows.matrix @ inner @ rows.matrix.T  # (M, M)
+        return (outer + outer.T) / 2
+
+    source = gram(rows.source)  # (K, K)
+    result = product(source)
+    trusted = result.diagonal() >= NOISE * _reach(rows.matrix, source).square()  # (M,)
+    if rows.dtype == torch.float64 or bool(trusted.all()):
+        return result
+    return product(_gram(rows.source, torch.float64))
+
+
+def _reach(by: Tensor, inner: Tensor) -> Tensor:
+    """Return the norms (M,) that rows of M X had if all their terms pointed one way, of M (M, K) and X Xᵀ (K, K)."""
+    return by.abs() @ inner.diagonal().clamp_min(0).sqrt()
 
 
 def _gram(updates: Tensor, dtype: torch.dtype | None = None, origin: Tensor | None = None) -> Tensor:
@@ -167,19 +189,19 @@ def _distances(inner: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]
     total = norms[:, None] + norms[None, :]  # (K, K)
     # Symmetric to the bit, which BLAS does not promise of the Gram: Krum breaks exact ties of nearest pairs.
     distances = (total - (inner + inner.T)).clamp_min(0)  # (K, K)
-    # 1e-3 of the norms leaves three of float32's seven digits
-    trusted = (distances >= 1e-3 * total).fill_diagonal_(True).all()
+    # which leaves three of float32's seven digits
+    trusted = (distances >= NOISE * total).fill_diagonal_(True).all()
     return distances.fill_diagonal_(0), trusted
 
 
 def _mapped_distances(inner: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
     """Return those of M X from X Xᵀ (K, K) and M (M, K): equal rows of M are at no distance, to the bit."""
     squares, _ = _distances(by @ inner @ by.T)  # (M, M)
-    reach = by.abs() @ inner.diagonal().clamp_min(0).sqrt()  # (M,) the norm of a row whose terms point one way
+    reach = _reach(by, inner)  # (M,)
     total = reach.square()[:, None] + reach.square()  # (M, M)
     kind = torch.unique(by, dim=0, return_inverse=True)[1]  # (M,)
     alike = kind[:, None] == kind  # (M, M)
-    return squares.masked_fill(alike, 0), ((squares >= 1e-3 * total) | alike).all()
+    return squares.masked_fill(alike, 0), ((squares >= NOISE * total) | alike).all()
 
 
 def largest_entry(updates: Tensor) -> Tensor:

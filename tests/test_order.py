@@ -18,6 +18,7 @@ from fedsim.strategies.krum import Krum, MultiKrum
 from fedsim.strategies.meamed import MeaMed
 from fedsim.strategies.median import Median
 from fedsim.strategies.nnm import NNM
+from fedsim.strategies.norm_clipping import NormClipping
 from fedsim.strategies.trimmed_mean import TrimmedMean
 
 COUNTS = [1, 2, 3, 4, 5, 8, 9, 16, 31, 50, 100, 101, 1000]  # both sides of `NETWORK`
@@ -178,6 +179,30 @@ def test_equal_mixtures_of_float32_rows_are_at_no_distance():
     want = torch.cdist(by.double() @ source.double(), by.double() @ source.double()).square()
     assert distances[1, 3] == distances[3, 1] == 0
     torch.testing.assert_close(distances, want, rtol=1e-4, atol=1e-12)
+
+
+def opposite_rows():
+    """Return rows of float32 of which the second all but takes the first away, and a map that adds them up."""
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randn(2000, generator=generator)
+    other = -row + 1e-4 * torch.randn(2000, generator=generator)
+    return torch.stack([row, other]), torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+
+
+def test_norms_of_mixtures_that_cancel_are_no_rounding_noise():
+    source, by = opposite_rows()
+    rows, want = mapped(by, source), by.double() @ source.double()
+    torch.testing.assert_close(row_norms(rows), want.norm(dim=1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(gram(rows).diagonal(), want.square().sum(1), rtol=1e-4, atol=0)
+
+
+def test_rows_that_cancel_in_a_bucket_are_clipped_all_the_same():
+    source, _ = opposite_rows()
+    rule = Bucketing(rule=NormClipping(max_norm=1e-3), bucket_size=2)
+    cohort = cohort_of(source, torch.ones(2), sizes=[2000])
+    step, _, metrics = rule(cohort, rule.init(cohort.layout, 2))
+    assert step.norm() <= 1.001e-3
+    assert metrics["clipped_fraction"] == 1
 
 
 def test_equal_mixtures_alone_ask_for_no_more_precision(monkeypatch):
