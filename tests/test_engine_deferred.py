@@ -223,3 +223,33 @@ def test_rows_that_are_parts_of_samples_are_not_the_samples():
     mine, theirs = [v.clone() for v in given], [v.clone() for v in given]
     torch.testing.assert_close(program(mine), step(theirs))
     torch.testing.assert_close(mine, theirs)
+
+
+class Ends(CrossEntropy):
+    """Sends, at its end, a number of what it has trained: of all layers, or of the last one alone."""
+
+    def __init__(self, whole):
+        self.__dict__["whole"] = whole
+
+    def finish(self, params, context):
+        chosen = params.values() if self.whole else [params["3.weight"]]
+        return {}, {"size": torch.stack([p.square().sum() for p in chosen]).sum()}, None
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_round_may_end_with_the_weight_that_its_steps_defer(whole):
+    """Where nobody reads it then, it is never there: the update gets its difference at once."""
+    results = []
+    for make in (Sequential, lambda task: Captured(task, threads=1)):
+        task = make_task(objective=Ends(whole))
+        job = make_job(task)
+        results.append(trained(make(task), job))
+    (want, left), (found, mine) = results
+    torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(mine.extras["size"], left.extras["size"], rtol=1e-9, atol=1e-12)
+    task = make_task(objective=Ends(whole))
+    engine = Captured(task, threads=1)
+    play = play_of(engine)
+    assert play._program(play._kind(play.full)).deferral is not None
+    assert any(0 in end.reads for end in play.ends) is whole  # number 0 is the first weight
+    engine.close()

@@ -108,6 +108,7 @@ class Program(NamedTuple):
     seen: frozenset[int] = frozenset()  # places among the X of factors of the samples themselves
     crossed: int | None = None  # of them, at which the step before's are given; their product is the last input
     kept: frozenset[int] = frozenset()  # places among what is carried of gradients that could be factors
+    reads: frozenset[int] = frozenset()  # numbers of the inputs that it reads, writes or returns
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         """Do what the function does, by the statements as Python, which they are as well."""
@@ -218,7 +219,10 @@ def _written(once: list[Op], always: list[Op], results: list[Any], count: int, o
         names |= {number: f"i{number}" for number in range(count)}
         body = [f"{', '.join(map(names.__getitem__, range(count)))} = inputs"]
     body += [*(_statement(op, text) for op in always), f"return {text(results)}"]
-    return Program("\n".join(body), constants, "\n".join(begin), others=tuple(map(handed.index, others)))
+    reads = wanted.union(number for op in once for number in read(op)) & set(range(count))
+    return Program(
+        "\n".join(body), constants, "\n".join(begin), others=tuple(map(handed.index, others)), reads=frozenset(reads)
+    )
 
 
 def _literal(value: Any) -> str:

@@ -29,10 +29,11 @@ def compiled(programs: Sequence[Program], padded: Sequence[bool], ends: Sequence
     lasts = list(range(len(programs), len(every)))
     deferral = programs[0].deferral
     late = -1 if deferral is None else deferral.weight
+    unread = not any(late in program.reads for program in ends)
     others = [list(program.others) for program in every]
     handed = len(programs[0].factors.results)
     crosses = [-1 if program.crossed is None else program.crossed for program in every]
-    return lambda *given: unit.loop(*given, list(padded), lasts, late, others, handed, crosses, constants)
+    return lambda *given: unit.loop(*given, list(padded), lasts, late, unread, others, handed, crosses, constants)
 
 
 def _choice(name: str, bodies: Sequence[str]) -> str:
@@ -54,7 +55,7 @@ def loop(
     flat: Tensor, params: List[Tensor], slots: List[Tensor], apart: List[Tensor], apart_views: List[Tensor],
     local: List[Tensor], kept: List[Tensor], own: List[Tensor], left: List[Tensor],
     out: Optional[Tensor], total: Tensor, shares: List[float], fresh: bool, norms: Tensor, losses: Tensor,
-    padded: List[bool], lasts: List[int], late: int, others: List[List[int]], handed: int,
+    padded: List[bool], lasts: List[int], late: int, unread: bool, others: List[List[int]], handed: int,
     crosses: List[int], constants: List[List[Tensor]]
 ):
     # Made lists here, where Python's lock is not held.
@@ -80,7 +81,7 @@ def loop(
         pending = torch.empty_like(products)
         gram = flat.new_empty([most * most])
     size = flat.numel()
-    defers = late >= 0 and late < len(params) - len(local) and len(lasts) == 0  # a shared one, which no end reads
+    defers = late >= 0 and late < len(params) - len(local) and unread  # a shared one, which no end reads
     for i in range(len(rows)):
         row = rows[i]
         start = starts[versions[i]]
