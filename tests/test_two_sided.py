@@ -54,9 +54,9 @@ def samples(seed=0):
 
 
 @cache
-def config(engine):
+def config(engine, extra=()):
     alone = ["partition=natural", "partition.local_test=0", "data.validation=0", "metrics.clients_every=0"]
-    return compose([f"engine={engine}", *alone, "fraction=1", "dtype=float64", "threads=1"])
+    return compose([f"engine={engine}", *alone, "fraction=1", "dtype=float64", "threads=1", *extra])
 
 
 class Chosen:
@@ -104,8 +104,9 @@ def initial(model, seed=3):
     return model
 
 
-def start(tmp_path, strategy, client, *, engine="sequential", plan=EVERYONE, model=None, **training):
-    x, y, owner = samples()
+def start(tmp_path, strategy, client, *, engine="sequential", plan=EVERYONE, model=None, data=None, extra=(),
+          **training):  # fmt: skip
+    x, y, owner = samples() if data is None else data
     splits = {"train": np.arange(len(y)), "test": len(y) + np.arange(2)}
     x, y, owner = np.concatenate([x, x[:2]]), np.concatenate([y, y[:2]]), np.concatenate([owner, [-1, -1]])
     data = Dataset(torch.as_tensor(x), torch.as_tensor(y), splits, C, owner)
@@ -115,7 +116,7 @@ def start(tmp_path, strategy, client, *, engine="sequential", plan=EVERYONE, mod
              "training": training, "sampler": Chosen(plan)}  # fmt: skip
     folder = tmp_path / str(len(list(tmp_path.iterdir())))  # a run folder of its own
     folder.mkdir()
-    loop = Loop(build(config(engine), parts), folder, Observer())
+    loop = Loop(build(config(engine, extra), parts), folder, Observer())
     OPEN.append(loop)
     return loop
 
@@ -213,6 +214,50 @@ def test_q_fedavg_against_algorithm_2(tmp_path, engine, q, training):
         np.testing.assert_allclose(models(plain, 4), got, **EXACT)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("training", [{"clip_norm": 1e-3}, {"clip_norm": 1e-3, "batch_size": 2, "local_steps": None}])
+def test_q_fedavgs_loss_is_not_clipped(tmp_path, engine, training):
+    loop = start(tmp_path, QFedAvg(), QFedAvgClient(), engine=engine, plan=SOME, **training)
+    loop.step(1)
+    losses = [mean_loss(first(), k) for k in SOME[1]]
+    assert min(losses) > 1e-3
+    assert float(loop.strategy.metrics["received_loss_std"]) == pytest.approx(np.std(losses, ddof=1), rel=1e-9)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_q_fedavgs_loss_under_partial_work_is_a_mean_over_what_was_seen(tmp_path, engine):
+    """All samples of a client are alike, so that the mean over any of them is F_k."""
+    x, y, owner = samples()
+    alike = np.searchsorted(owner, owner)  # each client's first sample
+    rule = QFedAvg(client_lr=LR)
+    loop = start(tmp_path, rule, QFedAvgClient(), engine=engine, data=(x[alike], y[alike], owner), batch_size=2,
+                 extra=("devices.partial_work=0.1",))  # fmt: skip
+    loop.step(1)
+    w = first()
+    z = x[np.unique(alike)] @ w[: C * F].reshape(C, F).T + w[C * F :]
+    losses = np.log(np.exp(z).sum(1)) - z[np.arange(4), y[np.unique(alike)]]
+    assert float(loop.strategy.metrics["received_loss_std"]) == pytest.approx(np.std(losses, ddof=1), rel=1e-9)
+
+
+def test_q_fedavgs_rate_is_the_rounds(tmp_path):
+    """One rule that reads the clients' rate is, round by round, one that is told it."""
+    decay = {"lr_decay": 0.5, "lr_decay_every": 2}
+    got = models(start(tmp_path, QFedAvg(), QFedAvgClient(), plan=SOME, **decay), 4)
+    for t in range(1, 5):
+        told = QFedAvg(client_lr=LR * 0.5 ** ((t - 1) // 2))
+        loop = start(tmp_path, told, QFedAvgClient(), plan=SOME, model=at(got[t - 1]), **decay)
+        loop.step(t)
+        np.testing.assert_allclose(loop.weights.numpy(), got[t], **EXACT)
+
+
+def test_q_fedavg_scales_a_late_update_by_the_rate_it_was_made_with():
+    rule = QFedAvg().bind(local_training=LocalTraining(lr=0.5, lr_decay=0.5))
+    rows, losses = torch.tensor([[-1.0], [-1.0]], dtype=torch.float64), torch.tensor([1.0, 3.0])
+    cohort = cohort_of(rows, staleness=torch.tensor([0, 1]), round=2, extras={"received_loss": losses})
+    step, _, _ = rule(cohort, {})  # rates 1/4 and 1/2: gradients 4 and 2
+    assert step.item() == pytest.approx(-(1 * 4 + 3 * 2) / ((16 + 4) + (4 + 3 * 2)), rel=1e-12)
+
+
 def at(w):
     """Return the model at w (D,)."""
     model = Regression()
@@ -245,6 +290,10 @@ def test_fedlex_by_hand():
     assert explored(sizes=[1, 2])[1] == [1, 1, 1]  # constant tensors are left alone
     assert explored([[1.0, 2.0, 3.0, 4.0, 10.0]], scale="robust")[1] == pytest.approx([0, 0, 0, 7 / 12, 91 / 12])
     moves = np.random.default_rng(0).normal(size=(3, 50)).tolist()
+    robust = torch.tensor(explored(moves, scale="robust")[1], dtype=torch.float64)
+    squares = torch.tensor(moves, dtype=torch.float64).square().mean(0)
+    first, middle, third = squares.quantile(squares.new_tensor([0.25, 0.5, 0.75])).tolist()
+    torch.testing.assert_close(robust, ((squares - middle) / (third - first)).clamp_min(0), rtol=1e-12, atol=0)
     permuted, plain = explored(moves, guide="permuted")[1], explored(moves)[1]
     assert permuted != plain
     assert sorted(permuted) == sorted(plain)
