@@ -33,7 +33,7 @@ class Ascent(NamedTuple):
             logits: from samples (B, …) to (B, C).
             x: (B, …) samples of a floating-point type.
             y: (B,) int64 their classes.
-            key: draws x_0 uniformly from the box; None: x_0 = x.
+            key: draws x_0 uniformly from the box, one of the batch () or one a sample (B,); None: x_0 = x.
 
         """
         low, high = -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
@@ -46,8 +46,15 @@ class Ascent(NamedTuple):
         moved = x
         with torch.no_grad():
             if key is not None:
-                moved = moved + self.radius * (2 * uniform_like(x, key) - 1)
+                moved = moved + self.radius * (2 * _uniforms(x, key) - 1)
             moved = moved.clamp(*box)
             for _ in range(self.num_steps):
                 moved = (moved + step * torch.func.grad(error)(moved).sign()).clamp(*box)
         return moved.detach()
+
+
+def _uniforms(x: Tensor, key: Tensor) -> Tensor:
+    """Return uniforms in [0, 1) (B, …) of a key () or, sample by sample, of keys (B,)."""
+    if not key.dim():
+        return uniform_like(x, key)
+    return uniform_like(x[:1], key.view(-1, *(1,) * (x.dim() - 1)))

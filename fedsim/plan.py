@@ -213,6 +213,9 @@ def check_evaluation(experiment: Experiment) -> None:
     for name in stops:
         if not len(experiment.dataset.splits.get("validation", ())):
             raise UserError(f"{name} reads the validation split, which is empty: set data.validation above 0")
+    x = experiment.task.x
+    if experiment.evaluation.robust_radius and not x.is_floating_point():
+        raise UserError(f"metrics.robust_radius needs floating-point features, this data has {x.dtype}; set it to 0")
     if personal is None:
         return
     if experiment.evaluation.decomposition_every:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,19 +109,19 @@ class FedLEx(Wrapper):
         if "deviation" not in extras:
             raise ValueError("FedLEx needs the clients' deviations; choose client=fedlex")
         parts = cohort.layout.split(extras["deviation"].to(mean))
-        rng = cohort.rng("fedlex guidance")
-        orders = {name: torch.from_numpy(rng.permutation(part.numel())) for name, part in parts.items()}
-        guided = [self._guidance(part.flatten(), orders[name].to(part.device)) for name, part in parts.items()]
-        guidance = torch.cat(guided)  # (D,)
+        rng = cohort.rng("fedlex guidance") if self.guide == "permuted" else None
+        guidance = torch.cat([self._guidance(part.flatten(), rng) for part in parts.values()])  # (D,)
         step = mean if self.warm_start else torch.zeros_like(mean)
         memory = {"guidance": guidance, "explored": 1}
         return step, {"rule": state["rule"], **memory}, {"guidance_mean": guidance.mean()}
 
-    def _guidance(self, deviation: Tensor, order: Tensor) -> Tensor:
-        """Return G (d,) of one tensor's S (d,)."""
+    def _guidance(self, deviation: Tensor, rng: np.random.Generator | None) -> Tensor:
+        """Return G (d,) of one tensor's S (d,), its entries permuted if there is a generator."""
+        # Drawn for constant tensors too: no tensor's order hangs on another one's values.
+        order = None if rng is None else torch.from_numpy(rng.permutation(deviation.numel()))
         low, high = deviation.min(), deviation.max()  # ()
         if self.scale == "robust":
-            first, low, third = deviation.quantile(deviation.new_tensor([0.25, 0.5, 0.75])).unbind()
+            first, low, third = _quartiles(deviation)
             high = low + third - first
         if not bool(high > low):
             return torch.ones_like(deviation)
@@ -130,4 +131,15 @@ class FedLEx(Wrapper):
             guidance = (guidance / guidance.mean()).clamp_max(LARGEST)
         if self.guide == "mean":
             return guidance.mean().expand_as(guidance)
-        return guidance[order] if self.guide == "permuted" else guidance
+        return guidance if order is None else guidance[order.to(guidance.device)]
+
+
+def _quartiles(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the quartiles () of values (d,), linear between two of them; torch's own refuse d > 2²⁴."""
+    ordered, last = values.sort().values, values.numel() - 1
+
+    def at(quarters: int) -> Tensor:
+        low, rest = divmod(quarters * last, 4)
+        return torch.lerp(ordered[low], ordered[min(low + 1, last)], rest / 4)
+
+    return at(1), at(2), at(3)

@@ -7,7 +7,10 @@ from torch import nn
 
 import fedsim
 from fedsim.ascent import Ascent
+from fedsim.build import build
+from fedsim.config import compose
 from fedsim.contracts import Dataset
+from fedsim.engine import evaluate
 from fedsim.errors import UserError
 from fedsim.metrics.budget import Evaluation
 from fedsim.metrics.robust import Adversary
@@ -47,9 +50,39 @@ def test_starts_are_drawn_once_for_all_rounds_and_apart_for_each_batch():
     assert (once - x).abs().max() <= 0.1 + 1e-12
 
 
-def test_what_cannot_be_moved_is_refused():
-    with pytest.raises(UserError, match=r"metrics\.robust_radius needs floating-point features"):
-        adversary()(logits, torch.ones(2, 2, dtype=torch.int64), torch.tensor([0, 1]), 0)
+def test_starts_are_each_samples_own_whatever_the_batch():
+    x, y = torch.rand(7, 2, 3, dtype=torch.float64), torch.arange(7) % 2
+
+    def model(x):
+        return torch.sin(80 * x).sum(2)
+
+    whole = adversary()(model, x, y, 0)
+    parts = [adversary()(model, a, b, 3 * k) for k, (a, b) in enumerate(zip(x.split(3), y.split(3), strict=True))]
+    assert torch.equal(torch.cat(parts), whole)
+    same = adversary()(model, x[:1].expand(2, 2, 3), y[:1].expand(2), 0)
+    assert not torch.equal(same[0], same[1])  # and no two samples share one
+
+
+def test_a_runs_robust_figures_know_no_batch_size(tmp_path, monkeypatch):
+    figures = []
+    for entries in (1 << 20, 1 << 8):
+        monkeypatch.setitem(evaluate.EVALUATION_ENTRIES, "cpu", entries)
+        result = fedsim.simulate(
+            "data=blobs", "data.num_samples=300", "model=mlp", "dtype=float64", "partition.num_clients=4", "threads=1",
+            "metrics.robust_radius=0.8", "metrics.robust_steps=3", "num_rounds=1", folder=tmp_path / str(entries),
+        )  # fmt: skip
+        figures.append([result.rounds[-1][name] for name in ("robust_accuracy", "robust_loss")])
+    np.testing.assert_allclose(figures[0], figures[1], rtol=1e-10)
+
+
+def test_what_cannot_be_moved_is_refused_before_the_first_round(tmp_path):
+    tokens = Dataset(
+        torch.randint(0, 5, (60, 4)), torch.arange(60) % 2, {"train": np.arange(40), "test": np.arange(40, 60)}, 2
+    )
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(12, 2))
+    config = compose(["partition.num_clients=4", "partition=iid", "metrics.robust_radius=0.1"])
+    with pytest.raises(UserError, match=r"metrics\.robust_radius needs floating-point features, .* torch\.int64"):
+        build(config, {"data": tokens, "model": model})
 
 
 @pytest.mark.parametrize(

@@ -296,8 +296,22 @@ def test_fedlex_by_hand():
     torch.testing.assert_close(robust, ((squares - middle) / (third - first)).clamp_min(0), rtol=1e-12, atol=0)
     permuted, plain = explored(moves, guide="permuted")[1], explored(moves)[1]
     assert permuted != plain
+    assert permuted == [plain[i] for i in cohort_of(moves).rng("fedlex guidance").permutation(50)]
     assert sorted(permuted) == sorted(plain)
     assert (min(plain), max(plain)) == (0, 1)
+
+
+def test_fedlex_takes_quartiles_of_any_size_and_draws_only_to_permute(monkeypatch):
+    def refused(*_):
+        raise RuntimeError("quantile() input tensor is too large")  # as torch does above 2^24 entries
+
+    monkeypatch.setattr(torch.Tensor, "quantile", refused)
+    monkeypatch.setattr(type(cohort_of([[1.0]])), "rng", refused)
+    for count in range(1, 9):
+        moves = np.random.default_rng(count).normal(size=(1, count))
+        first, middle, third = np.quantile(moves[0] ** 2, [0.25, 0.5, 0.75])
+        want = (moves[0] ** 2 - middle).clip(0) / (third - first) if count > 1 else [1.0]
+        np.testing.assert_allclose(explored(moves.tolist(), scale="robust")[1], want, rtol=1e-12)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

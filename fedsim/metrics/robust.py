@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsim.ascent import Ascent
-from fedsim.errors import UserError
+from fedsim.rng import fold_in
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Adversary:
 
     Args:
         ascent: ε > 0, S ≥ 1 and the bounds; its step size follows from them.
-        key: of the random starts, the same in all rounds.
+        key: of the random starts, each sample's own and the same in all rounds.
 
     """
 
@@ -38,16 +38,10 @@ class Adversary:
             logits: from samples (B, …) to (B, C).
             x: (B, …).
             y: (B,) int64 classes.
-            first: number of the first sample in its pass, which tells batches apart.
-
-        Raises:
-            UserError: the samples are no numbers that could be moved, e.g. tokens.
+            first: number of the first sample in its pass: batches of any size begin at the same places.
 
         """
-        if not x.is_floating_point():
-            raise UserError(
-                f"metrics.robust_radius needs floating-point features, this data has {x.dtype}; set it to 0"
-            )
         if self.ascent.num_steps == 1:
             return self.ascent._replace(step_size=self.ascent.radius).moved(logits, x, y, None)
-        return self.ascent.moved(logits, x, y, torch.tensor(self.key + first, device=x.device))
+        numbers = torch.arange(first, first + len(x), device=x.device)  # (B,)
+        return self.ascent.moved(logits, x, y, fold_in(torch.tensor(self.key, device=x.device), numbers))
