@@ -252,10 +252,10 @@ def test_q_fedavgs_rate_is_the_rounds(tmp_path):
 
 def test_q_fedavg_scales_a_late_update_by_the_rate_it_was_made_with():
     rule = QFedAvg().bind(local_training=LocalTraining(lr=0.5, lr_decay=0.5))
-    rows, losses = torch.tensor([[-1.0], [-1.0]], dtype=torch.float64), torch.tensor([1.0, 3.0])
+    rows, losses = torch.tensor([[-1.0], [-1.0]], dtype=torch.float64), torch.tensor([1.0, 2.0])
     cohort = cohort_of(rows, staleness=torch.tensor([0, 1]), round=2, extras={"received_loss": losses})
     step, _, _ = rule(cohort, {})  # rates 1/4 and 1/2: gradients 4 and 2
-    assert step.item() == pytest.approx(-(1 * 4 + 3 * 2) / ((16 + 4) + (4 + 3 * 2)), rel=1e-12)
+    assert step.item() == pytest.approx(-(1 * 4 + 2 * 2) / ((16 + 4) + (4 + 2 * 2)), rel=1e-12)
 
 
 def at(w):
