@@ -55,9 +55,10 @@ class QFedAvg:
         if context.phase == 0:
             return grads, {}
         part, share, one = context.layout.join(grads)[:3]  # () each
-        before = context.step_state or {"loss": 0.0, "share": 0.0}
+        zero = torch.zeros_like(part)
+        before = context.step_state or {"loss": zero, "share": zero}
         now = {"loss": before["loss"] + part / one, "share": before["share"] + share / one}
-        return grads, {**now, "lr_scale": torch.zeros_like(part)}
+        return grads, {**now, "lr_scale": zero}
 
     def finish(self, params: Params, context: Context) -> tuple[dict[str, Tensor], dict[str, Tensor], None]:
         """Upload F_k(wᵗ) ()."""
