@@ -140,12 +140,21 @@ def as_changed(plan: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def departures(saved: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (key, value before, value now) of what a resumed run cannot keep of its plan: then bits may differ."""
+def departures(
+    saved: Mapping[str, Any], plan: Mapping[str, Any], *, joined: bool = False
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, value before, value now) of what a resumed run cannot keep of its plan: then bits may differ.
+
+    Args:
+        saved: the plan of the run that is gone on with.
+        plan: this run's.
+        joined: the server imitates clients, those of all replicas as rows of one program.
+
+    """
     before, now = as_changed(saved), json.loads(json.dumps(as_changed({**plan, "changes": []})))
     recorded = all(side["engine_arguments"].get("kernels") == "captured" for side in (before, now))
     for side in (before, now):
-        if recorded:  # no bit of a recorded step hangs on how many replicas train
+        if recorded and not joined:  # no bit of a recorded step hangs on how many replicas train
             side.pop("replicas", None)
         side.pop("changes")
         side.pop("why")

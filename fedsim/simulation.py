@@ -248,7 +248,7 @@ def _rounds(
 def _keep_plan(experiment: Experiment, saved: Mapping[str, Any], loop: Loop, observer: Observer) -> None:
     """Say what a resumed run cannot keep of its plan, and write down from which round on: its bits may differ."""
     now = {}
-    for key, before, value in departures(saved, experiment.plan):
+    for key, before, value in departures(saved, experiment.plan, joined=experiment.mimic is not None):
         observer.warn(f"the plan's {key} was {before} and is {value}: results may differ in the last bits")
         now[key] = value
     changes = experiment.plan["changes"]
