@@ -267,6 +267,21 @@ def judged(tmp_path, figures, **changes):
     return study, _judge(asked, tmp_path, rows)
 
 
+def test_metrics_beside_a_logarithmic_one_are_shown_as_they_are(tmp_path):
+    asides = {"metric": "loss", "better": "lower", "scale": "log", "beside": ["accuracy"]}
+    study = Study(claims=[CLAIM], arms={"a": [], "b": []}, seeds=2, **asides)
+    (tmp_path / "report").mkdir()
+    rows = [
+        {"arm": arm, **written(tmp_path / "report", f"{arm}{seed}", [{"round": 1, "loss": 0.5, "accuracy": value}])}
+        for arm, values in {"a": (0.0, 0.5), "b": (0.4, 0.6)}.items() for seed, value in enumerate(values)
+    ]  # fmt: skip
+    found = _judge(Asked("toy", study, (), (), None), tmp_path, rows)
+    text = page.section("toy", study, found, [], [])
+    table = text.split("of which nothing was asked: accuracy.")[1]
+    assert "| a | 0.25 |" in table
+    assert "| b | 0.5 |" in table
+
+
 def test_the_best_of_some_arms_is_the_best_in_each_seed(tmp_path):
     figures = {"a": [0.9, 0.9, 0.8], "b": [0.5, 0.7, 0.6], "c": [0.6, 0.2, 0.6]}
     arms = {"a": [], "b": [], "c": [], "best": {"best": ["b", "c"]}}

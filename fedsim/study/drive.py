@@ -248,7 +248,7 @@ def _judge(asked: Asked, folder: Path, rows: Sequence[table.Row]) -> page.Findin
     study = asked.study
     figures: dict[tuple[str, str], list[float]] = {}
     names = {page.cell_name(cell[1]): cell[1] for cell in study.cells}
-    asides = {metric: replace(study, metric=metric, target=None) for metric in study.beside}
+    asides = {metric: replace(study, metric=metric, target=None, scale="linear") for metric in study.beside}
     beside: dict[str, dict[tuple[str, str], list[float]]] = {metric: {} for metric in asides}
     for row in rows:
         key = page.cell_name({key: row[key] for key in next(iter(names.values()))}), row["arm"]
