@@ -556,6 +556,36 @@ def test_a_killed_run_takes_its_workers_along_and_goes_on_with_others(run, impor
     assert "processes, 3 workers" in observer.plans[0]
 
 
+SIGNALLED = """
+import os, signal
+from multiprocessing import active_children
+import torch
+from fedsim.engine.auto import make_engine
+from test_workers import make_job, make_task
+
+task, weights = make_task()
+engine, _ = make_engine(task, "processes", cohort=7, threads=2, workers=2, block=2, inner="sequential")
+out = [torch.empty(7, task.shared.size, dtype=task.dtype) for _ in range(2)]
+engine.train(make_job(task, weights), out[0])
+workers = active_children()
+for worker in workers:
+    os.kill(worker.pid, signal.SIGTERM)
+engine.train(make_job(task, weights), out[1])
+assert torch.equal(*out)
+assert len(workers) == 2 and set(active_children()) == set(workers)
+print(*(worker.pid for worker in workers))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_a_schedulers_signal_ends_no_worker_and_an_exit_ends_those_that_nobody_closed():
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert not any(alive(int(pid)) for pid in done.stdout.split())
+
+
 def test_devices_are_given_in_turn_and_change_nothing(run):
     one = run(*PROCESSES)
     two = run("engine=processes", "engine.devices=[cpu,cpu]", "engine.block=2", "engine.inner=sequential")

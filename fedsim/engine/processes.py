@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from multiprocessing import connection
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class _Worker:
         # A daemon: one that nobody closed must not keep the run from exiting.
         self.process = context.Process(target=_serve, args=(theirs, dict(os.environ), os.getcwd()), daemon=True)
         self.process.start()
+        # It heeds no SIGTERM, which is how multiprocessing ends daemons, after these.
+        Finalize(self, self.process.kill, exitpriority=0)
         theirs.close()
 
     def map(self, name: str, whole: Tensor) -> None:

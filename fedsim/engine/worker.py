@@ -132,7 +132,8 @@ def serve(pipe: connection.Connection, environ: Mapping[str, str], folder: str) 
     """
     os.environ.update(environ)
     os.chdir(folder)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and a scheduler's go to the whole group: the parent decides
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     desk = _Desk(pipe)
     while True:
