@@ -18,7 +18,7 @@ from fedsim.contracts import Partition, Phase
 from fedsim.engine import play, script
 from fedsim.engine.auto import make_engine
 from fedsim.engine.captured import Captured
-from fedsim.engine.record import record
+from fedsim.engine.record import NotRecordable, record
 from fedsim.engine.rounds import Trainer
 from fedsim.engine.sequential import Sequential
 from fedsim.engine.store import ClientStore
@@ -89,6 +89,21 @@ def test_a_first_cohort_compiles_what_others_will_need(capture, monkeypatch, bat
         out, _ = trained(engine, replace(job, clients=np.array(clients), received=none))
         assert torch.equal(out, whole[clients])
     assert len(seen) == 1
+
+
+def test_batches_that_do_other_things_are_not_compiled_before_they_come(capture, monkeypatch):
+    """Clients without them train; a client that brings one is told."""
+    own, full = play.Play._program, 20
+
+    def program(self, kind):
+        return own(self, kind) if kind.size == full else own(self, kind)._replace(seen=frozenset({99}))
+
+    engine, job = capture(make_task(batch_size=full)), make_job(make_task())
+    monkeypatch.setattr(play.Play, "_program", program)
+    none = np.zeros(1, dtype=np.int64)
+    trained(engine, replace(job, clients=np.array([2]), received=none))  # two batches of 20
+    with pytest.raises(NotRecordable, match="other things"):
+        trained(engine, replace(job, clients=np.array([0]), received=none))
 
 
 @pytest.mark.parametrize("batch_size", [20, 16, None])

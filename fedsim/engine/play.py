@@ -188,11 +188,12 @@ class Play:
         """Return the kinds of steps that clients have, of which a cohort may have met some only."""
         if self.sizes.turns or self.step.of_batch:  # many more, few of which ever come
             return []
-        found = []
+        first, found = self._program(self._kind(self.full)), []
         for size, padded in batches_of(self.step.task.partition.sizes, self.sizes):
             kind = self._kind(size, padded=padded)
             with contextlib.suppress(NotRecordable):  # who meets it will be told
-                if self._program(kind).deferral == self._program(self._kind(self.full)).deferral:
+                program = self._program(kind)
+                if (program.deferral, program.seen) == (first.deferral, first.seen):  # what `loop` asks for
                     found.append(kind)
         return found
 
