@@ -7,6 +7,7 @@ among them, stay the same and so do its values.
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Callable, Hashable
 
 import torch
@@ -21,7 +22,7 @@ MOST = 64  # programs that are kept; the least recently used goes first
 
 
 class Replay:
-    """Calls functions by their recorded programs, on a CPU; what cannot be recorded is called as it is."""
+    """Calls functions by their recorded programs, on a CPU; what cannot be recorded is called, and warned of."""
 
     def __init__(self) -> None:
         self._programs: dict[Hashable, Function | None] = {}  # None: the function itself is called
@@ -52,7 +53,11 @@ class Replay:
             program = compiled(function, [_other(value) for value in inputs])
             _hold(program(inputs), function(inputs))
         except Exception as error:  # whatever keeps it from being recorded, it can be called
-            self.refused = str(error) or type(error).__name__
+            said, self.refused = self.refused, (str(error).splitlines() or [type(error).__name__])[0]
+            if said is None:
+                warnings.warn(
+                    f"a function cannot be recorded, so Python runs it each time: {self.refused}", stacklevel=4
+                )
             return None
         return program
 
