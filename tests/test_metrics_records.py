@@ -242,3 +242,10 @@ def test_a_part_that_is_no_part_is_one_clear_error(tmp_path):
     with pytest.raises(UserError, match="is no part of a run's client log"):
         log.merge()
     assert not log.path.exists()
+
+
+def test_parts_of_an_earlier_version_are_not_passed_over(tmp_path):
+    (tmp_path / "clients").mkdir()
+    (tmp_path / "clients" / "00000001-00000004.npz").touch()
+    with pytest.raises(UserError, match=r"00000001-00000004\.npz is of an earlier version of fedsim"):
+        ClientLog(tmp_path)

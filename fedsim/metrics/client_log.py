@@ -29,11 +29,18 @@ class ClientLog:
     Args:
         folder: the run folder.
 
+    Raises:
+        UserError: an earlier version has written parts, as .npz files.
+
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / "clients.parquet"
         self.parts = Path(folder) / "clients"
+        if (old := next(self.parts.glob("*.npz"), None)) is not None:
+            raise UserError(
+                f"{old} is of an earlier version of fedsim, which this one does not read: go on with that one"
+            )
         self._pending: list[dict[str, Column]] = []
         self.last_round = max((last for _, last, _ in self._spans()), default=0)
 
