@@ -103,6 +103,7 @@ class Rule(Protocol):
         needs: tuple[str, …]                     names of values given to `bind` at build time: "local_training"
         bind(**values) -> Rule                   the same rule, knowing them
         uploads: tuple[str, …]                   second uploads that it reads, a number > 0 of each client
+        for_staleness: bool                      True: made for late updates; noted where the mode has none
         needs_rows: bool                         True: a linear rule that wants the matrix all the same
         local_parameters: str | (model) -> [str] patterns of the parameters that stay with their client, unless the
                                                  run's `model.local` says otherwise
