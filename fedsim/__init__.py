@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os as _os
+import sys as _sys
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,11 @@ __version__ = "0.1.0"
 # are in it. This makes `python -m fedsim` in the repository's root see what an installed package sees.
 if not (_Path(__file__).parent / "strategies").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
+
+# Threads of torch's that have nothing to do wait for 0.1 ms before they sleep, not for 4: clients train in threads of
+# fedsim's own, which need the cores. Read once, when torch is loaded.
+if "torch" not in _sys.modules and "OMP_WAIT_POLICY" not in _os.environ:
+    _os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def __getattr__(name: str) -> Any:

@@ -338,3 +338,15 @@ def test_warnings_are_lines(capsys, monkeypatch):
         assert cli.main(["list"]) == 0
         assert warnings.showwarning is before
     assert capsys.readouterr().err == "warning: mind this\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "expected"),
+    [("", {}, "10000"), ("", {"GOMP_SPINCOUNT": "5"}, "5"), ("", {"OMP_WAIT_POLICY": "PASSIVE"}, "None"),
+     ("import sys; sys.modules['torch'] = sys; ", {}, "None")],
+)  # fmt: skip
+def test_idle_threads_of_torch_sleep_soon_unless_somebody_else_decides(before, given, expected):
+    kept = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = f"{before}import fedsim, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", code], env=kept | given, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected

@@ -7,7 +7,7 @@ interpreter nor its lock stands between two operations, so that threads scale.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from queue import SimpleQueue
 from typing import Any
@@ -144,12 +144,13 @@ class Captured:
 
         def end() -> Block:
             try:
-                for number in range(len(parts)):
-                    run(number) if here else waiting[number].result()
-                    part, sums[number] = sums[number], None
-                    if summed and part is not None and part is not summed[1]:
-                        summed[1].add_(part)
-                        self._spare.append(part)
+                with _one_thread():
+                    for number in range(len(parts)):
+                        run(number) if here else waiting[number].result()
+                        part, sums[number] = sums[number], None
+                        if summed and part is not None and part is not summed[1]:
+                            summed[1].add_(part)
+                            self._spare.append(part)
             finally:
                 del self._spare[self._threads :]
                 wait(waiting)  # all of them, failed or not: nobody may still write when rows are trained again
@@ -216,6 +217,17 @@ class Captured:
             except Exception as error:  # whatever the user's code says to being recorded, others run it
                 raise ValueError(f"a step cannot be recorded: {users_line(error)}") from error
         return self._plays[key]
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let this thread's sums have one: others would spin for more work, on cores that train clients meanwhile."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _form(value: Any) -> tuple[Any, ...]:
