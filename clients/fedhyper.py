@@ -13,13 +13,13 @@ A cosine in the place of a product (`normalize`) is not in the paper.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsim.clients.cross_entropy import CrossEntropy
+from fedsim.clients.wrapper import Wrapper
 from fedsim.contracts import Context
 from fedsim.layout import Params
 from fedsim.linalg import dot
@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedHyper:
+class FedHyper(Wrapper):
     """Any objective, trained at a rate that it adapts step by step. Nothing waits for the device.
 
     Args:
@@ -54,7 +54,6 @@ class FedHyper:
 
     """
 
-    objective: Any = field(default_factory=CrossEntropy)
     kappa: float = 1.0
     normalize: str = "none"
     preset: str = "paper"
@@ -78,18 +77,11 @@ class FedHyper:
         if not 0 < self.min_rate <= 1 <= self.max_rate < float("inf"):
             raise ValueError(f"FedHyper needs 0 < min_rate <= 1 <= max_rate, got {self.min_rate} and {self.max_rate}")
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "objective":  # asked for before there is one, e.g. by copy
-            raise AttributeError(name)
-        return getattr(self.objective, name)
-
     def direction(
         self, grads: Params, params: Mapping[str, Tensor], context: Context
     ) -> tuple[Params, dict[str, Tensor]]:
         """Return the objective's own direction, and m for this step."""
-        inner, state = getattr(self.objective, "direction", None), {}
-        if inner is not None:
-            grads, state = inner(grads, params, context)
+        grads, state = self.inner_direction(grads, params, context)
         names = [name for name in grads if name in context.layout.slices]
         if not names:  # a phase that moves personal parameters alone
             return grads, state
@@ -99,8 +91,7 @@ class FedHyper:
 
     def finish(self, params: Params, context: Context) -> tuple[Mapping[str, Tensor], dict[str, Tensor], Any]:
         """Return what the objective returns, and upload the last step's m as `lr_scale`."""
-        inner = getattr(self.objective, "finish", None)
-        state, extras, weight = inner(params, context) if inner else ({}, {}, None)
+        state, extras, weight = self.inner_finish(params, context)
         return state, {**extras, "lr_scale": _scale(next(iter(params.values())), context)}, weight
 
     def _additive(self, grad: list[Tensor], names: list[str], context: Context) -> dict[str, Tensor]:

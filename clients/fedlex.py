@@ -9,18 +9,18 @@ Departs from the code: where `clip_norm` is set, gradients are clipped before G;
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from fedsim.clients.cross_entropy import CrossEntropy
+from fedsim.clients.wrapper import Wrapper
 from fedsim.contracts import Context
 from fedsim.layout import Params
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedLEx:
+class FedLEx(Wrapper):
     """Any objective, its direction guided.
 
     Args:
@@ -28,22 +28,13 @@ class FedLEx:
 
     """
 
-    objective: Any = field(default_factory=CrossEntropy)
-
     half_of = "strategy=fedlex client=fedlex"
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "objective":  # asked for before there is one, e.g. by copy
-            raise AttributeError(name)
-        return getattr(self.objective, name)
 
     def direction(
         self, grads: Params, params: Mapping[str, Tensor], context: Context
     ) -> tuple[Params, dict[str, Tensor]]:
         """Return G times the objective's own direction."""
-        inner, state = getattr(self.objective, "direction", None), {}
-        if inner is not None:
-            grads, state = inner(grads, params, context)
+        grads, state = self.inner_direction(grads, params, context)
         guidance = context.broadcast.get("guidance")
         if guidance is None:
             return grads, state
@@ -52,8 +43,7 @@ class FedLEx:
 
     def finish(self, params: Params, context: Context) -> tuple[Mapping[str, Tensor], dict[str, Tensor], Any]:
         """Return what the objective returns, and upload the squared deviation (D,) while there is no guidance."""
-        inner = getattr(self.objective, "finish", None)
-        state, extras, weight = inner(params, context) if inner else ({}, {}, None)
+        state, extras, weight = self.inner_finish(params, context)
         if "guidance" in context.broadcast:
             return state, extras, weight
         moved = context.layout.join(params) - context.layout.join(context.received)  # (D,)
