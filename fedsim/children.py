@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from typing import Any
 
 GRACE = 5.0  # seconds in which a process without work ends by itself
@@ -41,6 +42,22 @@ def kill_server() -> None:
     if number is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
+
+
+def obey_parent() -> None:
+    """Let the parent decide: of Ctrl-C and a scheduler's signal, which go to the whole group; and end when it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    from multiprocessing import connection  # here: processes alone need it
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def end(process: Any, *, at_once: bool) -> None:

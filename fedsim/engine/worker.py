@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import copy
 import os
-import signal
-import threading
 from collections.abc import Mapping
 from dataclasses import replace
-from multiprocessing import connection, parent_process
+from multiprocessing import connection
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fedsim.children import obey_parent
 from fedsim.engine.auto import make_engine
 from fedsim.engine.parcel import Bytes, Parcel, from_bytes, sendable, to_bytes, unpack, view
 from fedsim.engine.shared import Memory
@@ -132,9 +131,7 @@ def serve(pipe: connection.Connection, environ: Mapping[str, str], folder: str) 
     """
     os.environ.update(environ)
     os.chdir(folder)
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and a scheduler's go to the whole group: the parent decides
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    obey_parent()
     desk = _Desk(pipe)
     while True:
         try:
@@ -146,13 +143,6 @@ def serve(pipe: connection.Connection, environ: Mapping[str, str], folder: str) 
             answer = ("broken" if desk.runner is None else "failed", sendable(error))
         if answer is not None:
             pipe.send(answer)
-
-
-def _die_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 class _Desk:

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import import_module
-from multiprocessing import connection, parent_process
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedsim import simulation
+from fedsim.children import obey_parent
 from fedsim.config import compose
 from fedsim.console import Plain
 from fedsim.contracts import Dataset
@@ -86,9 +85,7 @@ def serve(pipe: connection.Connection, environ: Mapping[str, str], folder: str) 
     """
     os.environ.update(environ)  # what loading fedsim has set besides stays
     os.chdir(folder)
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and a scheduler's go to the whole group: the parent decides
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    obey_parent()
     gc.freeze()  # what was loaded before the fork is never looked through again
     threads, data = torch.get_num_threads(), dict[str, Dataset]()
     while True:
@@ -133,13 +130,6 @@ def once(job: Job | Batch) -> list[Event]:
 
 
 _DATA: dict[str, Dataset] = {}  # of the jobs that `once` did
-
-
-def _die_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 def _do(job: Job, pipe: connection.Connection) -> None:
