@@ -20,14 +20,20 @@ from torch.nn import functional
 from fedsim.engine.rows import Rows
 
 
+def _own(ctx: Any, layer: Product | FusedConv2d) -> Tensor:
+    """Return a layer's weight (R, …); its bias, and which of the two move, are for the backward."""
+    weight, ctx.moves = layer.rows.get(layer.weight)
+    ctx.layer, (ctx.bias, ctx.bias_moves) = layer, layer.rows.get(layer.bias)
+    assert weight is not None  # such a layer has a weight
+    return weight
+
+
 class _Affine(torch.autograd.Function):
     """y (R, B, O) = x (R, B, I) Wᵀ + b."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, token: Tensor, layer: Product) -> Tensor:
-        ctx.layer, ctx.x = layer, x
-        ctx.weight, ctx.moves = layer.rows.get(layer.weight)
-        ctx.bias, ctx.bias_moves = layer.rows.get(layer.bias)
+        ctx.x, ctx.weight = x, _own(ctx, layer)
         if ctx.bias is None:
             return torch.bmm(x, ctx.weight.transpose(1, 2))
         return torch.baddbmm(ctx.bias.unsqueeze(1), x, ctx.weight.transpose(1, 2))
@@ -70,11 +76,7 @@ class _Convolve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, patches: Tensor, token: Tensor, layer: FusedConv2d) -> Tensor:
-        ctx.layer, ctx.patches = layer, patches
-        weight, ctx.moves = layer.rows.get(layer.weight)
-        assert weight is not None  # a convolution has a weight
-        ctx.weight = weight.reshape(weight.shape[0], weight.shape[1], -1)  # (R, O, P), a view
-        ctx.bias, ctx.bias_moves = layer.rows.get(layer.bias)
+        ctx.patches, ctx.weight = patches, _own(ctx, layer).flatten(2)  # (R, O, P), a view
         y = torch.matmul(ctx.weight.unsqueeze(1), patches)  # (R, B, O, L)
         return y if ctx.bias is None else y.add_(ctx.bias[:, None, :, None])
 
@@ -97,13 +99,9 @@ class _ConvolveOne(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, token: Tensor, layer: FusedConv2d) -> Tensor:
-        ctx.layer, ctx.x = layer, x
-        weight, ctx.moves = layer.rows.get(layer.weight)
-        assert weight is not None  # a convolution has a weight
-        ctx.weight = weight
-        ctx.bias, ctx.bias_moves = layer.rows.get(layer.bias)
+        ctx.x, ctx.weight = x, _own(ctx, layer)
         bias = None if ctx.bias is None else ctx.bias[0]
-        return functional.conv2d(x, weight[0], bias, layer.stride, layer.padding, layer.dilation)
+        return functional.conv2d(x, ctx.weight[0], bias, layer.stride, layer.padding, layer.dilation)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
