@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from fedsim.layout import Layout, Params
-from fedsim.linalg import combine, row_norms, square_norms
+from fedsim.linalg import combine, square_norms
 from fedsim.mapped import Mapped, Rows, taken
 from fedsim.rng import generator
 
@@ -193,7 +193,7 @@ def summed(cohort: Cohort, rule: LinearRule, state: State, factors: Tensor | Non
     light = replace(cohort, updates=None, extras=kept)
 
     def norms() -> Tensor:
-        squares = row_norms(updates).square().to(c) if isinstance(updates, Mapped) else square_norms(updates)  # (K,)
+        squares = square_norms(updates)  # (K,)
         return squares if f is None else squares * f.to(squares).square()
 
     return replace(light, streamed=Streamed(mean, Sums(light, c, norms, reduced)))

@@ -255,8 +255,10 @@ def row_norms(updates: Rows) -> Tensor:
     return squares.sqrt()
 
 
-def square_norms(updates: Tensor) -> Tensor:
+def square_norms(updates: Rows) -> Tensor:
     """Return ‖x_k‖² (K,) of updates (K, D) in their own precision."""
+    if isinstance(updates, Mapped):
+        return row_norms(updates).square().to(updates.dtype)
     if elsewhere():
         total = beside(updates).new_zeros(len(updates))  # (K,)
         for _, block in blocks(updates, BLOCK):
