@@ -16,6 +16,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from fedsim.threads import take_threads
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -116,5 +118,5 @@ def each(work: Callable[[T], R], parts: Sequence[T], threads: int) -> list[R]:
     threads = min(len(parts), threads)
     if threads < 2:
         return [work(part) for part in parts]
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(threads, initializer=take_threads, initargs=(1,)) as pool:
         return list(pool.map(work, parts))  # the list raises what a thread has raised

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedsim import checkpoint
 from fedsim.console import Observer
 from fedsim.data.kept import is_keeping, keeping
@@ -21,6 +19,7 @@ from fedsim.engine.replicas import why_apart
 from fedsim.errors import UserError
 from fedsim.experiment import Experiment
 from fedsim.simulation import Launch, Result
+from fedsim.threads import take_threads
 
 Outcome = Result | BaseException
 
@@ -101,7 +100,7 @@ def _meet(waiting: Mapping[int, Launch], entrants: Sequence[Entrant], ended: Cal
 
 
 def _body(number: int, built: Launch, observer: Observer, ended: Callable[[int, Outcome], None]) -> None:
-    torch.set_num_threads(built.experiment.plan["threads"])  # a thread has its own number
+    take_threads(built.experiment.plan["threads"])
     ended(number, _tried(partial(built.go, observer)))
 
 

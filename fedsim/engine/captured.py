@@ -25,6 +25,7 @@ from fedsim.engine.task import LOCAL, Block, Job, Task, Weighed, local_round, ro
 from fedsim.errors import UserError
 from fedsim.local import Int64
 from fedsim.scripted import as_written
+from fedsim.threads import take_threads
 
 MOST = 16  # blocks whose rows are summed before the blocks are
 LOSSES = 64  # samples up to which each size of a batch may have a program
@@ -59,7 +60,7 @@ class Captured:
         self.step.start = []  # the module's own tensors, which become a lane's
         for lane in range(self._threads):
             self._lanes.put(Lane(task, self.step.names, self.step.apart, self.step.num_slots, bound=lane == 0))
-        self._pool = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(self._threads, initializer=take_threads, initargs=(1,))
         self.plan: Mapping[str, Any] = {"engine": "vectorized", "kernels": "captured"}
 
     def close(self) -> None:

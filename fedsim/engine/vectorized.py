@@ -20,6 +20,7 @@ from fedsim.engine.lanes import lanes
 from fedsim.engine.task import Block, Job, Task, room
 from fedsim.errors import UserError
 from fedsim.local import Int64
+from fedsim.threads import take_threads
 
 CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 28}  # of a chunk's weights; measured on B4, 25 to 50 rows win
 BLOCK_ENTRIES = 1 << 24
@@ -66,7 +67,7 @@ class Vectorized:
         on_host = f"CUDA graphs are for CUDA devices, and device is {task.device.type}"
         self.no_graphs = None if not graphs else refusal(task) if kind == "cuda" else on_host
         self.graphs = Graphs(task) if graphs and not self.no_graphs else None
-        self._pool = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(self._threads, initializer=take_threads, initargs=(1,))
         self.plan: Mapping[str, Any] = {
             "engine": "vectorized", "kernels": "fused" if fused else "generic", "chunk": self.chunk,
             **({"graphs": True} if self.graphs else {}),
