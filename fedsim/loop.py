@@ -29,6 +29,7 @@ from fedsim.place import Place, blockwise
 from fedsim.shards import all_stores
 from fedsim.shell import RuleShell
 from fedsim.stopping import Stopping
+from fedsim.threads import one_thread
 
 
 class Loop:
@@ -151,12 +152,14 @@ class Loop:
         elif not self.waited:
             self.waited = True
             self.observer.warn(f"round {round}: nobody's reply arrived; such rounds leave the model as it is")
-        weights = weights.to(self.task.device, self.task.dtype)
-        if not bool(torch.isfinite(weights).all()):
-            self.backend.buffers = buffers
-            raise AllUpdatesBad(f"round {round}: the new model is not finite; the run keeps that of round {self.round}")
+        with one_thread():
+            weights = weights.to(self.task.device, self.task.dtype)
+            if not bool(torch.isfinite(weights).all()):
+                self.backend.buffers = buffers
+                what = f"the new model is not finite; the run keeps that of round {self.round}"
+                raise AllUpdatesBad(f"round {round}: {what}")
+            delta = weights - self.weights
         trained = self.now()
-        delta = weights - self.weights
         self.weights, self.round = weights, round
         row, clients = self.figures.measure(round, weights, delta, self._cohort())
         row |= metrics  # a (K,) tensor becomes a column of the clients' table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from fedsim.contracts import Cohort, Metrics, Rule, State
 from fedsim.errors import UserError
 from fedsim.layout import Layout
 from fedsim.local import Int64
+from fedsim.threads import one_thread
 
 
 class Trains(Protocol):
@@ -71,7 +73,8 @@ class RuleShell:
         """Return the new weights (D,) that the rule makes of a cohort and w (D,)."""
         assert self.state is not None  # `begin` was called
         self.cohort = cohort
-        result: Any = self.rule(cohort, self.state)
+        with nullcontext() if cohort.streamed is None else one_thread():  # or it has no rows
+            result: Any = self.rule(cohort, self.state)
         if not isinstance(result, tuple) or len(result) != 3:
             raise UserError(f"strategy: {self._name} must return (delta (D,), state, metrics), got {_kind(result)}")
         delta, state, metrics = result
@@ -82,7 +85,8 @@ class RuleShell:
             wrong = ("state", state) if not isinstance(state, dict) else ("metrics", metrics)
             raise UserError(f"strategy: {self._name} must return its {wrong[0]} as a dict, got {_kind(wrong[1])}")
         self.state, self.metrics = state, metrics
-        return w + delta
+        with one_thread():
+            return w + delta
 
     def round(self, round: int, w: Tensor, clients: Int64, backend: Trains) -> tuple[Tensor, Metrics]:
         """Train clients (K,), ascending, from w (D,), and return (the new weights (D,), the rule's metrics)."""

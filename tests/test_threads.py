@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from fedsim.threads import take_threads
+from fedsim.threads import one_thread, take_threads
 
 
 def test_what_others_set_changes_no_threads_number() -> None:
@@ -17,3 +17,14 @@ def test_what_others_set_changes_no_threads_number() -> None:
             assert torch.get_num_threads() == 2
         finally:
             torch.set_num_threads(before)
+
+
+def test_one_thread_is_for_a_while() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

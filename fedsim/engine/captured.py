@@ -7,7 +7,7 @@ interpreter nor its lock stands between two operations, so that threads scale.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from queue import SimpleQueue
 from typing import Any
@@ -25,7 +25,7 @@ from fedsim.engine.task import LOCAL, Block, Job, Task, Weighed, local_round, ro
 from fedsim.errors import UserError
 from fedsim.local import Int64
 from fedsim.scripted import as_written
-from fedsim.threads import take_threads
+from fedsim.threads import one_thread, take_threads
 
 MOST = 16  # blocks whose rows are summed before the blocks are
 LOSSES = 64  # samples up to which each size of a batch may have a program
@@ -106,6 +106,7 @@ class Captured:
         """
         return self._begin(task, job, out, summed, here=False)
 
+    @one_thread()
     def _begin(
         self, task: Task, job: Job, out: Tensor | None, summed: tuple[list[float], Tensor] | None, *, here: bool
     ) -> Callable[[], Block]:
@@ -145,7 +146,7 @@ class Captured:
 
         def end() -> Block:
             try:
-                with _one_thread():
+                with one_thread():
                     for number in range(len(parts)):
                         run(number) if here else waiting[number].result()
                         part, sums[number] = sums[number], None
@@ -218,17 +219,6 @@ class Captured:
             except Exception as error:  # whatever the user's code says to being recorded, others run it
                 raise ValueError(f"a step cannot be recorded: {users_line(error)}") from error
         return self._plays[key]
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let this thread's sums have one: others would spin for more work, on cores that train clients meanwhile."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _form(value: Any) -> tuple[Any, ...]:

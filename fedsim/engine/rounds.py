@@ -23,6 +23,7 @@ from fedsim.engine.task import Block, Engine, Job, Weighed, clock_of
 from fedsim.errors import UserError
 from fedsim.linalg import finite_rows
 from fedsim.local import Int64
+from fedsim.threads import one_thread
 
 STREAM_BLOCK = 1 << 22  # entries of a block of streamed rows: what one costs beside its rows should not count
 
@@ -172,7 +173,8 @@ class Trainer:
         means = {name: cohort.extras[name].mean(0) for name in reduced if name in cohort.extras}
         extras = {name: value for name, value in cohort.extras.items() if name not in reduced}
         cohort = replace(cohort, extras=extras)
-        mean = total.div_(weight.to(total.dtype))
+        with one_thread():
+            mean = total.div_(weight.to(total.dtype))
         streamed = Streamed(mean, Sums(cohort, torch.cat(shares), torch.cat(norms), means))
         return replace(cohort, streamed=streamed), self._buffers(job, merge(list(buffers), stored=True))
 

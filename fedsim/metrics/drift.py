@@ -19,6 +19,7 @@ from fedsim.contracts import Cohort, Streamed, row_square_norms
 from fedsim.layout import Layout
 from fedsim.linalg import against, combine
 from fedsim.metrics.classification import Figures
+from fedsim.threads import one_thread
 
 _SMALLEST = 2.0**-104  # drift ratio (2^-52)²: below it what is left of a mean that cancels is its rounding
 
@@ -47,6 +48,7 @@ def drift_of_rows(cohort: Cohort, previous: Tensor | None = None, *, cosines: bo
     return figures
 
 
+@one_thread()
 def drift_of_sums(streamed: Streamed, previous: Tensor | None = None) -> Figures:
     """Measure a cohort of which the engine kept norms and the mean; p are the rule's coefficients, normalised.
 
