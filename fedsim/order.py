@@ -1,9 +1,9 @@
 """Order statistics of every column of updates (K, D): medians, trimmed means, means around the median.
 
-Few rows are put in order by a network of comparators, each the minimum and the maximum of two rows, whatever the
-values are: Batcher's merge exchange (Knuth, The Art of Computer Programming 3, 5.2.2 M), without the comparators and
-the halves of comparators that nobody reads. It runs on blocks of columns that stay in a core's cache, allocates nothing
-and needs no transpose, and does on an accelerator what it does on a CPU. Many rows are sorted, column by column.
+Few rows are put in order by a network of comparators (`fedsim.networks`), each the minimum and the maximum of two
+rows. It runs on blocks of columns that stay in a core's cache, allocates nothing and needs no transpose, and does on an
+accelerator what it does on a CPU, where `fedsim.compiled` may have made machine code of it, with the same bits. Many
+rows are sorted, column by column.
 
 A NaN is larger than every number, as in a sort. Minimum and maximum spread it over its column instead; columns of
 a block where one shows are sorted.
@@ -11,14 +11,16 @@ a block where one shows are sorted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache, lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedsim.compiled import Machine, machine, shares
 from fedsim.mapped import Mapped, Rows, source_of
+from fedsim.networks import Statistic, walked
 from fedsim.place import beside, blocks, each, threads_for
 from fedsim.scripted import as_written
 
@@ -33,8 +35,6 @@ DEVICE_WIDTH = 1 << 20
 
 NETWORK = 100
 """The most rows that a network puts in order: beyond, NumPy's vectorised sort of transposed columns is faster."""
-
-Comparator: TypeAlias = tuple[int, int, bool, bool]  # two wires; whether the smaller, the larger value is read on
 
 
 # TorchScript, for two threads that ask Python's lock for each of some hundred small operations are slower than one.
@@ -62,18 +62,17 @@ def order(wires: List[Tensor], slots: List[Tensor], walked: List[int]) -> List[T
 
 def middle(ascending: List[Tensor]) -> Tensor:
     low = ascending[(len(ascending) - 1) // 2]
-    return low / 2 + ascending[len(ascending) // 2] / 2  # the sum itself could overflow
+    return (low / 2 + ascending[len(ascending) // 2] / 2).add_(0.0)  # the sum itself could overflow; no −0
 
 
-def mean(rows: List[Tensor]) -> Tensor:
-    share = 1.0 / len(rows)
-    total = rows[0] * share
+def mean(rows: List[Tensor], scale: float, rest: float) -> Tensor:
+    total = rows[0] * scale
     for k in range(1, len(rows)):
-        total.add_(rows[k], alpha=share)
-    return total
+        total.add_(rows[k], alpha=scale)
+    return total.mul_(rest).add_(0.0)
 
 
-def nearest(ascending: List[Tensor], kept: int) -> Tensor:
+def nearest(ascending: List[Tensor], kept: int, scale: float, rest: float) -> Tensor:
     # The `kept` rows nearest to the middle are a window of neighbours, which begins as the lowest. Its value of rank i
     # makes room for that of rank i + kept where the latter is nearer, and no sum ever holds a value that does not
     # count: it could be an attacker's.
@@ -83,22 +82,13 @@ def nearest(ascending: List[Tensor], kept: int) -> Tensor:
         low = window[rank % kept]
         high = ascending[rank]
         window[rank % kept] = torch.where(high - center < center - low, high, low)
-    return mean(window)
+    return mean(window, scale, rest)
 """
 
 
 @cache
 def _native() -> Any:
     return torch.jit.CompilationUnit(_TEXT)
-
-
-class Statistic(NamedTuple):
-    """What is made of a column's values of some ranks."""
-
-    low: int  # the ranks low … high − 1, from 0
-    high: int
-    ordered: bool  # whether they are told apart
-    finish: Callable[[Sequence[Tensor] | Tensor], Tensor]  # their rows (d,), which it must not write, to (d,)
 
 
 def median(rows: Rows, chosen: Tensor | None = None) -> Tensor:
@@ -121,7 +111,7 @@ def trimmed_mean(rows: Rows, trimmed: int, chosen: Tensor | None = None) -> Tens
         chosen: (K,) bool, the rows that count; None: all.
 
     """
-    return _reduce(rows, lambda count: Statistic(trimmed, count - trimmed, False, _native().mean), chosen)
+    return _reduce(rows, lambda count: Statistic(count, trimmed, count - trimmed, False, "mean"), chosen)
 
 
 def mean_around_median(rows: Rows, kept: int, chosen: Tensor | None = None) -> Tensor:
@@ -135,71 +125,14 @@ def mean_around_median(rows: Rows, kept: int, chosen: Tensor | None = None) -> T
         chosen: (K,) bool, the rows that count; None: all.
 
     """
-    return _reduce(rows, lambda count: Statistic(0, count, True, lambda x: _native().nearest(x, kept)), chosen)
+    return _reduce(rows, lambda count: Statistic(count, 0, count, True, "nearest", kept), chosen)
 
 
 def _median(count: int) -> Statistic:
-    return Statistic((count - 1) // 2, count // 2 + 1, True, _native().middle)
+    return Statistic(count, (count - 1) // 2, count // 2 + 1, True, "middle")
 
 
 # --- how they are put in order --------------------------------------------------------------------------------------
-
-
-def merge_exchange(first: int, count: int) -> list[tuple[int, int]]:
-    """Return the comparators that put the wires first … first + count − 1 in ascending order."""
-    comparators = []
-    levels = max(0, (count - 1).bit_length())
-    for p in (1 << level for level in reversed(range(levels))):
-        q, r, d = 1 << (levels - 1), 0, p
-        while True:
-            comparators += [(first + i, first + i + d) for i in range(count - d) if i & p == r]
-            if q == p:
-                break
-            q, r, d = q // 2, p, q - p
-    return comparators
-
-
-@lru_cache(maxsize=256)
-def network(count: int, low: int, high: int, ordered: bool) -> tuple[Comparator, ...]:
-    """Return the comparators that bring the values of some ranks to the wires of those numbers.
-
-    Args:
-        count: K ≥ 1 wires.
-        low: the least rank, from 0.
-        high: one more than the largest.
-        ordered: whether each value has to be on the wire of its rank, or all of them on those wires in any order.
-
-    Returns:
-        Which wires, the smaller value to the first; and which of the two values is read later.
-
-    """
-    whole = _read(merge_exchange(0, count), low, high)
-    half = count // 2
-    if ordered or low != count - high or not 0 < 2 * low <= half:
-        return whole
-    # Of two halves in order, the f smallest values are the smaller ones of one half's least f against the other's,
-    # taken from the other end; so with the largest. Nobody needs the order of the rest.
-    parted = merge_exchange(0, half) + merge_exchange(half, count - half)
-    parted += [(i, half + low - 1 - i) for i in range(low)]
-    parted += [(half - 1 - i, count - low + i) for i in range(low)]
-    return min(whole, _read(parted, low, high), key=lambda comparators: sum(a + b for _, _, a, b in comparators))
-
-
-@lru_cache(maxsize=256)
-def flat_network(count: int, low: int, high: int, ordered: bool) -> list[int]:
-    """Return a network as `order` walks it: two wires and 1 (smaller), 2 (larger) or 3 of each comparator."""
-    comparators = network(count, low, high, ordered)
-    return [number for i, j, smaller, larger in comparators for number in (i, j, smaller + 2 * larger)]
-
-
-def _read(comparators: Sequence[tuple[int, int]], low: int, high: int) -> tuple[Comparator, ...]:
-    """Return the comparators on which the wires low … high − 1 depend."""
-    read, found = set(range(low, high)), []
-    for i, j in reversed(comparators):
-        if i in read or j in read:
-            found.append((i, j, i in read, j in read))
-            read |= {i, j}
-    return tuple(reversed(found))
 
 
 def _reduce(rows: Rows, statistic: Callable[[int], Statistic], chosen: Tensor | None) -> Tensor:
@@ -207,16 +140,15 @@ def _reduce(rows: Rows, statistic: Callable[[int], Statistic], chosen: Tensor | 
     source = source_of(rows)
     result = beside(source).new_empty(source.shape[1])  # (D,)
     index = None if chosen is None else torch.nonzero(chosen.to(result.device)).flatten()  # (k,)
-    count = len(rows) if index is None else len(index)
-    ranks = statistic(count)
-    on_cpu = result.device.type == "cpu"
-    width = (WIDTH if count <= NETWORK else SORT_WIDTH) if on_cpu else DEVICE_WIDTH
+    wanted = statistic(len(rows) if index is None else len(index))
+    few, on_cpu = wanted.count <= NETWORK, result.device.type == "cpu"
+    width = (WIDTH if few else SORT_WIDTH) if on_cpu else DEVICE_WIDTH
+    code = machine(wanted, result.dtype, len(result)) if few and on_cpu and source.stride(1) == 1 else None
 
     def fill(parts: Iterable[tuple[slice, Tensor]]) -> None:
-        work = _Workspace(count, width, result)
+        work = _Workspace(wanted, width, code)
         for columns, block in parts:
-            values = rows.of(block) if isinstance(rows, Mapped) else block  # (K, d)
-            result[columns] = work.statistic(values if index is None else values[index], ranks)
+            work.reduce(work.mapped(rows, block), index, result[columns])
 
     threads = threads_for(result.device)
     parts = blocks(source, width)
@@ -229,29 +161,57 @@ def _reduce(rows: Rows, statistic: Callable[[int], Statistic], chosen: Tensor | 
 
 
 class _Workspace:
-    """The memory in which one thread puts block after block in order."""
+    """The memory in which one thread makes a statistic of block after block."""
 
-    def __init__(self, count: int, width: int, like: Tensor) -> None:
-        self.memory = like.new_empty(0)
-        self.count, self.width = count, width
+    def __init__(self, statistic: Statistic, width: int, code: Machine | None) -> None:
+        self.statistic, self.width, self.code = statistic, width, code
+        self.written: Tensor | None = None  # (M, d) mapped rows
+        self.wires: Tensor | None = None  # (K+1, d)
 
-    def statistic(self, values: Tensor, ranks: Statistic) -> Tensor:
-        """Return a statistic (d,) of values (K, d)."""
+    def mapped(self, rows: Rows, block: Tensor) -> Tensor:
+        """Return the rows (M, d) of a block (K, d) of their source."""
+        if not isinstance(rows, Mapped):
+            return block
+        if self.written is None:
+            self.written = block.new_empty(len(rows), min(self.width, block.shape[1]))
+        return rows.of(block, out=self.written[:, : block.shape[1]])
+
+    def reduce(self, values: Tensor, index: Tensor | None, out: Tensor) -> None:
+        """Write the statistic of values (K, d), or of some rows (k,), to `out` (d,)."""
         with as_written():
-            if self.count <= NETWORK:
-                result = ranks.finish(self.ordered(values, ranks))
-                if not bool(result.sum().isnan()):
-                    return result
-            ascending = sort_columns(values, ranks.low, ranks.high)  # (k, d)
-            return ranks.finish(list(ascending.contiguous() if ranks.ordered else ascending))
+            if self.code is not None and len(out) >= self.code.lanes:
+                rows = torch.arange(len(values)) if index is None else index  # (k,)
+                self.code(values, rows * values.stride(0), out)
+                if not bool(out.sum().isnan()):
+                    return
+                values = values if index is None else values[index]
+            else:
+                values = values if index is None else values[index]
+                if self.statistic.count <= NETWORK:
+                    out.copy_(self.finished(self.ordered(values)))
+                    if not bool(out.sum().isnan()):
+                        return
+            ascending = sort_columns(values, self.statistic.low, self.statistic.high)  # (k, d)
+            out.copy_(self.finished(list(ascending.contiguous() if self.statistic.ordered else ascending)))
 
-    def ordered(self, values: Tensor, ranks: Statistic) -> list[Tensor]:
+    def ordered(self, values: Tensor) -> list[Tensor]:
         """Return the rows (d,) of the wanted ranks of values (K, d)."""
-        if not len(self.memory):
-            self.memory = self.memory.new_empty(self.count + 1, min(self.width, values.shape[1]))  # (K+1, d)
-        walked = flat_network(self.count, ranks.low, ranks.high, ranks.ordered)
-        wires: list[Tensor] = _native().order(list(values), list(self.memory[:, : values.shape[1]]), walked)
-        return wires[ranks.low : ranks.high]
+        if self.wires is None:
+            self.wires = values.new_empty(len(values) + 1, min(self.width, values.shape[1]))
+        slots = list(self.wires[:, : values.shape[1]])
+        wires: list[Tensor] = _native().order(list(values), slots, walked(self.statistic))
+        return wires[self.statistic.low : self.statistic.high]
+
+    def finished(self, rows: list[Tensor]) -> Tensor:
+        """Return what is made (d,) of the rows (d,) of the wanted ranks."""
+        if self.statistic.finish == "middle":
+            result: Tensor = _native().middle(rows)
+        elif self.statistic.finish == "mean":
+            result = _native().mean(rows, *shares(len(rows)))
+        else:
+            kept = self.statistic.kept
+            result = _native().nearest(rows, kept, *shares(kept))
+        return result
 
 
 def sort_columns(values: Tensor, low: int, high: int) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedsim import linalg, order
+from fedsim import linalg, networks, order
 from fedsim.laws import cohort_of
 from fedsim.linalg import beside, combine, gram, mapped, row_norms, square_distances
 from fedsim.strategies.arc import ARC
@@ -38,19 +38,21 @@ def test_networks_by_the_0_1_principle(count):
     """What puts all columns of zeros and ones right puts all columns right (Knuth, 5.3.4, theorem Z)."""
     columns = np.array(list(itertools.product([0, 1], repeat=count)), dtype=np.int8).T  # (K, 2^K)
     want = np.sort(columns, axis=0)
-    assert np.array_equal(through(order.network(count, 0, count, True), columns), want)
+    assert np.array_equal(through(networks.network(count, 0, count, True), columns), want)
     middle = slice((count - 1) // 2, count // 2 + 1)
-    assert np.array_equal(through(order.network(count, middle.start, middle.stop, True), columns)[middle], want[middle])
+    assert np.array_equal(
+        through(networks.network(count, middle.start, middle.stop, True), columns)[middle], want[middle]
+    )
     for f in range((count - 1) // 2 + 1):
-        got = through(order.network(count, f, count - f, False), columns)[f : count - f]
+        got = through(networks.network(count, f, count - f, False), columns)[f : count - f]
         assert np.array_equal(got.sum(0), want[f : count - f].sum(0))
 
 
 def test_a_network_is_pruned():
     """Fifty rows: 395 comparators put them in order (Knuth, 5.3.4, table 1 has 191 for 32 and 63 for 16)."""
-    sizes = [len(order.network(count, 0, count, True)) for count in (16, 32, 50)]
+    sizes = [len(networks.network(count, 0, count, True)) for count in (16, 32, 50)]
     assert sizes == [63, 191, 395]
-    calls = [sum(a + b for *_, a, b in order.network(50, *ranks)) for ranks in ((24, 26, True), (10, 40, False))]
+    calls = [sum(a + b for *_, a, b in networks.network(50, *ranks)) for ranks in ((24, 26, True), (10, 40, False))]
     assert max(calls) < 2 * 395 * 0.8
 
 

@@ -336,7 +336,7 @@ def test_columns_are_reduced_to_the_same_bits_by_any_number_of_threads(monkeypat
 def test_what_fails_in_a_thread_is_raised(monkeypatch):
     monkeypatch.setattr(order, "WIDTH", 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(order, "flat_network", lambda *ranks: [0, 7, 3])  # there is no wire 7
+    monkeypatch.setattr(order, "walked", lambda statistic: [0, 7, 3])  # there is no wire 7
     with pytest.raises(RuntimeError):
         order.trimmed_mean(torch.zeros(3, 8), 1)
 
