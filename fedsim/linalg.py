@@ -9,30 +9,21 @@ the given ones are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import cache
-from threading import Lock
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedsim import place
 from fedsim.mapped import Mapped, Rows, source_of
 from fedsim.mapped import mapped as mapped
-from fedsim.place import blocks, each, elsewhere, full_precision, threads_for
+from fedsim.place import blocks, elsewhere, full_precision
 from fedsim.place import map_columns as map_columns
-
-BLOCK = 1 << 16
-"""Columns of a block, whose sums are added up in float64."""
+from fedsim.products import BLOCK, inner_products
 
 NOISE = 1e-3
 """Share of the squares in a difference of float32 products below which it is rounding noise, not a distance."""
-
-PRODUCT = 1 << 12
-"""Columns that one product sums in the updates' own precision on a CPU: fifty rows of them are nearly cached."""
 
 
 def beside(updates: Rows) -> Tensor:
@@ -43,19 +34,38 @@ def beside(updates: Rows) -> Tensor:
 def gram(updates: Rows, origin: Tensor | None = None) -> Tensor:
     """Return X Xᵀ (K, K) in float64 of updates X (K, D), or of their differences from an origin (D,).
 
-    Products of float32 rows are taken in float32 and, where those would overflow or underflow, in float64.
+    Products of float32 rows are taken in float32 and, where those would overflow or underflow, in float64. Those of
+    differences follow from the rows' own and the origin's unless they all but cancel: then the rows are subtracted.
     """
-    if isinstance(updates, Mapped):
-        if origin is not None:
-            return gram(updates.written, origin)
-        return _mapped_gram(updates)
-    inner = _gram(updates, None, origin)  # (K, K)
-    if updates.dtype == torch.float64 or updates.shape[1] == 0:
+    if origin is not None:
+        return _gram_of_differences(updates, origin)
+    return _mapped_gram(updates) if isinstance(updates, Mapped) else _gram(updates)
+
+
+def _gram(updates: Tensor, origin: Tensor | None = None) -> Tensor:
+    inner = inner_products(updates, origin=origin).rows  # (K, K)
+    if updates.dtype == torch.float64 or updates.shape[1] == 0 or _normal(inner):
         return inner
+    return inner_products(updates, torch.float64, origin=origin).rows
+
+
+def _normal(inner: Tensor) -> bool:
     largest = inner.diagonal().amax()
-    if bool(torch.isfinite(largest) & (largest > 1e-24)):  # a row of norm 1e-12: its products are still normal
-        return inner
-    return _gram(updates, torch.float64, origin)
+    return bool(torch.isfinite(largest) & (largest > 1e-24))  # a row of norm 1e-12: its products are still normal
+
+
+def _gram_of_differences(rows: Rows, origin: Tensor) -> Tensor:
+    """Return ⟨x_i − v, x_j − v⟩ (K, K) of rows x (K, D), mapped or not, and v (D,)."""
+    inner, cross, square = inner_products(source_of(rows), vector=origin)  # (K, K), (K,), ()
+    trusted = rows.shape[1] > 0 and _normal(inner)
+    reach = inner.diagonal() + square  # (K,)
+    if isinstance(rows, Mapped):
+        reach = _reach(rows.matrix, inner).square() + square  # (M,)
+        inner, cross = rows.matrix @ inner @ rows.matrix.T, rows.matrix @ cross  # (M, M), (M,)
+    moved = (inner + inner.T) / 2 - (cross[:, None] + cross) + square  # (M, M)
+    if trusted and bool((moved.diagonal() >= NOISE * reach).all()):
+        return moved
+    return _gram(rows.written if isinstance(rows, Mapped) else rows, origin)
 
 
 def _mapped_gram(rows: Mapped) -> Tensor:
@@ -70,60 +80,12 @@ def _mapped_gram(rows: Mapped) -> Tensor:
     trusted = result.diagonal() >= NOISE * _reach(rows.matrix, source).square()  # (M,)
     if rows.dtype == torch.float64 or bool(trusted.all()):
         return result
-    return product(_gram(rows.source, torch.float64))
+    return product(inner_products(rows.source, torch.float64).rows)
 
 
 def _reach(by: Tensor, inner: Tensor) -> Tensor:
     """Return the norms (M,) that rows of M X had if all their terms pointed one way, of M (M, K) and X Xᵀ (K, K)."""
     return by.abs() @ inner.diagonal().clamp_min(0).sqrt()
-
-
-def _gram(updates: Tensor, dtype: torch.dtype | None = None, origin: Tensor | None = None) -> Tensor:
-    home = beside(updates)
-    dtype = dtype or updates.dtype
-    on_cpu = home.device.type == "cpu" and dtype in (torch.float32, torch.float64)
-    width = PRODUCT if on_cpu else BLOCK
-    total = home.new_zeros(len(updates), len(updates), dtype=torch.float64)  # (K, K)
-
-    def product(part: tuple[slice, Tensor]) -> Tensor:
-        columns, block = part
-        inner = torch.zeros_like(total)  # (K, K)
-        for first in range(0, block.shape[1], width):
-            x = block[:, first : first + width].to(dtype)
-            if origin is not None:  # a block at a time: all the differences are another matrix
-                x = x - origin[columns][first : first + width]
-            inner += _square(x) if on_cpu else x @ x.T
-        return inner
-
-    with full_precision(home.device), _one_thread_a_product() if on_cpu else nullcontext():
-        threads = threads_for(home.device)
-        parts = blocks(updates, BLOCK)
-        for part in each(product, list(parts), threads) if threads > 1 else map(product, parts):
-            total += part
-    return total
-
-
-def _square(x: Tensor) -> Tensor:
-    values = x.numpy()
-    with np.errstate(all="ignore"):  # what overflows is infinite, as in torch
-        return torch.from_numpy(values @ values.T)  # NumPy's BLAS takes half of a product with itself, torch's all
-
-
-_threads = Lock()
-
-
-@cache
-def _blas() -> Any:
-    from threadpoolctl import ThreadpoolController  # looks through the libraries that are loaded: a dozen milliseconds
-
-    return ThreadpoolController()
-
-
-@contextmanager
-def _one_thread_a_product() -> Iterator[None]:
-    """Have NumPy's products done by the thread that asks, so that no sum hangs on how many there are."""
-    with _threads, _blas().limit(limits=1, user_api="blas"):
-        yield
 
 
 def grams(updates: Tensor, columns: Sequence[slice]) -> Tensor:
@@ -178,7 +140,7 @@ def square_distances(updates: Rows) -> Tensor:
     source, by = source_of(updates), updates.matrix if isinstance(updates, Mapped) else None
     distances, trusted = _distances(gram(source), by)
     if updates.dtype != torch.float64 and not bool(trusted):
-        distances, _ = _distances(_gram(source, torch.float64), by)
+        distances, _ = _distances(inner_products(source, torch.float64).rows, by)
     return distances
 
 

@@ -12,6 +12,7 @@ a block where one shows are sorted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -22,6 +23,7 @@ from fedsim.compiled import Machine, machine, shares
 from fedsim.mapped import Mapped, Rows, source_of
 from fedsim.networks import Statistic, walked
 from fedsim.place import beside, blocks, each, threads_for
+from fedsim.products import one_thread_a_product
 from fedsim.scripted import as_written
 
 WIDTH = 1 << 15
@@ -152,11 +154,12 @@ def _reduce(rows: Rows, statistic: Callable[[int], Statistic], chosen: Tensor | 
 
     threads = threads_for(result.device)
     parts = blocks(source, width)
-    if threads < 2:
-        fill(parts)
-    else:
-        listed = list(parts)
-        each(fill, [listed[first::threads] for first in range(min(threads, len(listed)))], threads)
+    with one_thread_a_product(result.device) if isinstance(rows, Mapped) else nullcontext():
+        if threads < 2:
+            fill(parts)
+        else:
+            listed = list(parts)
+            each(fill, [listed[first::threads] for first in range(min(threads, len(listed)))], threads)
     return result
 
 

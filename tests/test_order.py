@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedsim import linalg, networks, order
+from fedsim import linalg, networks, order, products
 from fedsim.laws import cohort_of
 from fedsim.linalg import beside, combine, gram, mapped, row_norms, square_distances
 from fedsim.strategies.arc import ARC
@@ -124,7 +124,7 @@ def test_neither_threads_nor_blocks_change_a_bit(monkeypatch, rows):
     for threads, width in itertools.product([1, 2, 3], [11, 300]):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         monkeypatch.setattr(order, "WIDTH", width)
-        monkeypatch.setattr(linalg, "BLOCK", 64)
+        monkeypatch.setattr(products, "BLOCK", 64)
         found[threads, width] = order.trimmed_mean(rows, 2), gram(rows)
     for part, whole in found.values():
         assert torch.equal(whole, found[1, 300][1])
@@ -209,8 +209,8 @@ def test_rows_that_cancel_in_a_bucket_are_clipped_all_the_same():
 
 def test_equal_mixtures_alone_ask_for_no_more_precision(monkeypatch):
     """They are at no distance whatever the precision: the Gram matrix is not taken once more in float64."""
-    taken, real = [], linalg._gram
-    monkeypatch.setattr(linalg, "_gram", lambda *given: taken.append(given) or real(*given))
+    taken, real = [], linalg.inner_products
+    monkeypatch.setattr(linalg, "inner_products", lambda *given, **named: taken.append(given) or real(*given, **named))
     source = torch.randn(40, 200, generator=torch.Generator().manual_seed(0))
     by = torch.rand(41, 40, generator=torch.Generator().manual_seed(1)).round()
     by[[3, 17, 40]] = by[5].clone()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import optimize, stats
 
-from fedsim import linalg, order
+from fedsim import linalg, order, products
 from fedsim.laws import cohort_of
 from fedsim.linalg import _distances, square_distances
 from fedsim.strategies.bulyan import Bulyan
@@ -343,7 +343,7 @@ def test_what_fails_in_a_thread_is_raised(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gram_of_differences(dtype, monkeypatch):
-    monkeypatch.setattr(linalg, "BLOCK", 5)
+    monkeypatch.setattr(products, "BLOCK", 5)
     rng = torch.Generator().manual_seed(4)
     updates, origin = torch.randn(4, 13, generator=rng, dtype=dtype), torch.randn(13, generator=rng, dtype=dtype)
     moved = updates - origin

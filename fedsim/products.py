@@ -1,0 +1,124 @@
+"""Products of a (K, D) matrix of updates by column blocks: inner products of rows, and linear maps of a block.
+
+On a CPU NumPy's BLAS does them: it takes half of a product with itself, torch's all, and a block's products are one
+call, since threads that come back to Python for each wait for one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import as_strided
+from torch import Tensor
+
+from fedsim.place import beside, blocks, each, full_precision, threads_for
+
+BLOCK = 1 << 16
+"""Columns of a block, whose sums are added up in float64."""
+
+PRODUCT = 1 << 12
+"""Columns that one product sums in the updates' own precision on a CPU: fifty rows of them are nearly cached."""
+
+
+class Inner(NamedTuple):
+    """Inner products in float64."""
+
+    rows: Tensor  # (K, K) of rows with one another
+    cross: Tensor  # (K,) of rows with a vector
+    square: Tensor  # () of the vector with itself
+
+
+def by_numpy(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether NumPy does products of a device's tensors."""
+    return device.type == "cpu" and dtype in (torch.float32, torch.float64)
+
+
+def inner_products(
+    updates: Tensor, dtype: torch.dtype | None = None, *, vector: Tensor | None = None, origin: Tensor | None = None
+) -> Inner:
+    """Return the inner products of rows (K, D) with one another and with a vector, summed in fixed blocks.
+
+    Args:
+        updates: (K, D).
+        dtype: of the products; None: the updates'.
+        vector: (D,) on the device; None: 0.
+        origin: (D,) on the device, which is taken from the rows first; None: 0.
+
+    """
+    home = beside(updates)
+    dtype = dtype or updates.dtype
+    products = _by_numpy if by_numpy(home.device, dtype) else _by_torch
+
+    def part(given: tuple[slice, Tensor]) -> Tensor:
+        columns, block = given
+        rows = block.to(dtype)  # (K, d)
+        if origin is not None:
+            rows = rows - origin[columns].to(dtype)
+        return products(rows, None if vector is None else vector[columns].to(dtype))
+
+    total = home.new_zeros(len(updates) + 1, len(updates) + 1, dtype=torch.float64)  # (K + 1, K + 1)
+    with full_precision(home.device), one_thread_a_product(home.device):
+        threads = threads_for(home.device)
+        parts = blocks(updates, BLOCK)
+        for found in each(part, list(parts), threads) if threads > 1 else map(part, parts):
+            total += found
+    return Inner(total[:-1, :-1], total[:-1, -1], total[-1, -1])
+
+
+def _by_torch(rows: Tensor, vector: Tensor | None) -> Tensor:
+    total = rows.new_zeros(len(rows) + 1, len(rows) + 1)
+    total[:-1, :-1] = rows @ rows.T
+    if vector is not None:
+        total[:-1, -1], total[-1, -1] = rows @ vector, vector @ vector
+    return total.double()  # (K + 1, K + 1)
+
+
+def _by_numpy(rows: Tensor, vector: Tensor | None) -> Tensor:
+    values, count = rows.numpy(), len(rows)
+    total = np.zeros((count + 1, count + 1))
+    row, column = values.strides
+    whole = values.shape[1] // PRODUCT
+    with np.errstate(all="ignore"):  # what overflows is infinite, as in torch
+        for first, number, width in ((0, whole, PRODUCT), (whole * PRODUCT, 1, values.shape[1] % PRODUCT)):
+            if not number * width:
+                continue
+            x = as_strided(values[:, first:], (number, count, width), (width * column, row, column))  # (n, K, w)
+            total[:-1, :-1] += np.matmul(x, x.transpose(0, 2, 1)).sum(0, dtype=np.float64)
+            if vector is not None:
+                v = vector.numpy()[first : first + number * width].reshape(number, width, 1)
+                total[:-1, -1] += np.matmul(x, v).sum(0, dtype=np.float64)[:, 0]
+                total[-1, -1] += np.matmul(v.transpose(0, 2, 1), v).sum(dtype=np.float64)
+    return torch.from_numpy(total)
+
+
+def times(matrix: Tensor, block: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return M B (M, d) of M (M, K) and a block B (K, d), within `one_thread_a_product`."""
+    if not by_numpy(block.device, block.dtype):
+        with full_precision(block.device):
+            return torch.mm(matrix, block, out=out)
+    with np.errstate(all="ignore"):
+        product = np.matmul(matrix.numpy(), block.numpy(), out=None if out is None else out.numpy())
+    return torch.from_numpy(product) if out is None else out
+
+
+_threads = Lock()
+
+
+@cache
+def _blas() -> Any:
+    from threadpoolctl import ThreadpoolController  # looks through the libraries that are loaded: a dozen milliseconds
+
+    return ThreadpoolController()
+
+
+@contextmanager
+def one_thread_a_product(device: torch.device) -> Iterator[None]:
+    """Have NumPy's products done by the thread that asks, so that no sum hangs on how many there are."""
+    with _threads, _blas().limit(limits=1, user_api="blas") if device.type == "cpu" else nullcontext():
+        yield
