@@ -63,6 +63,11 @@ def test_sides_run_in_turn_and_warm_up_is_left_out():
     assert [len(values) for values in seconds.values()] == [3, 3]
 
 
+def test_a_side_may_count_for_itself():
+    side = type("Side", (), {"counts": True, "__call__": lambda self, number: 7.0 * number})()
+    assert module("harness").race({"a": side}, options(rounds=2), warm=1) == {"a": [14.0, 21.0]}
+
+
 @pytest.mark.parametrize(("peers", "rounds"), [(None, 3), (Path(), 7)])
 def test_slow_rounds_are_fewer_without_peers(peers, rounds):
     assert len(module("harness").race({"a": lambda number: None}, options(peers=peers), budget=-1.0)["a"]) == rounds
@@ -189,6 +194,36 @@ def test_wrappers_have_a_side_that_writes_their_rows():
     nearest = torch.cdist(cohort.rows.double(), cohort.rows.double()).argsort(1)[:, : 11 - 11 // 5]
     torch.testing.assert_close(rows, cohort.rows[nearest].mean(1), rtol=1e-4, atol=1e-5)
     assert aggregation.rows_side("arc", cohort)(1).shape == (11, 500)
+
+
+def test_a_pipeline_is_a_wrapper_around_the_rule_it_names():
+    aggregation = module("aggregation")
+    cohort = aggregation.draw(11, 500)
+    rows, f = aggregation.rows_side("nnm", cohort)(1), 11 // 5
+    mean = cohort.weights @ rows / cohort.weights.sum()
+    torch.testing.assert_close(aggregation.rule_side("nnm+fedavg", cohort)(1), mean, rtol=1e-4, atol=1e-5)
+    ordered = rows.sort(dim=0).values[f : 11 - f].mean(0)
+    torch.testing.assert_close(aggregation.rule_side("nnm+trimmed_mean", cohort)(1), ordered, rtol=1e-4, atol=1e-5)
+
+
+def test_sides_that_return_something_else_are_not_raced():
+    aggregation = module("aggregation")
+    cohort = aggregation.draw(11, 500)
+
+    class Theirs:
+        def __init__(self, update):
+            self.update = lambda: update
+
+        def __call__(self, number):
+            return 0.1
+
+    right = aggregation.rule_side("median", cohort)(1)
+    part = aggregation._in_turn("median", Theirs(right * (1 + 1e-5)), "byzfl_median", cohort, options(rounds=1))
+    assert part["figures"].keys() == {"median", "byzfl_median"}
+    assert part["note"] == "byzfl_median: its result differs from that of median by 1.0e-05"
+    with pytest.raises(aggregation.PeerError, match=r"differs from ours by 1\.0e-02"):
+        aggregation._in_turn("median", Theirs(right * 1.01), "byzfl_median", cohort, options(rounds=1))
+    aggregation._in_turn("krum", Theirs(right), "byzfl_krum", cohort, options(rounds=1))  # known to count otherwise
 
 
 def test_b2s_file_gives_every_client_samples(tmp_path, monkeypatch):

@@ -39,26 +39,36 @@ def ready(*packages: str, **known: Any) -> None:
     _say({"versions": {name: version(name) for name in packages}, "start_s": time.perf_counter() - BEGAN, **known})
 
 
-def commands() -> Any:
-    """Yield what each line asks for: None, or the file for the update. What was asked is done when resumed."""
+def commands(before: Callable[[], object] | None = None) -> Any:
+    """Yield what each line asks for: None, or the file for the update. What was asked is done when resumed.
+
+    Args:
+        before: done before each, and not counted.
+
+    """
     for line in sys.stdin:
         words = line.split(maxsplit=1)
+        if before is not None:
+            before()
         began = time.perf_counter()
         yield words[1].strip() if words[0] == "update" else None
         _say({"seconds": time.perf_counter() - began})
 
 
-def serve(round: Callable[[], np.ndarray], *packages: str, **known: Any) -> None:
+def serve(
+    round: Callable[[], np.ndarray], *packages: str, before: Callable[[], object] | None = None, **known: Any
+) -> None:
     """Answer until the input ends.
 
     Args:
         round: does one round and returns the mean update (D,), computed and not merely promised.
         packages: whose versions are told.
+        before: done before each round, and not counted.
         known: what else is worth knowing of this side.
 
     """
     ready(*packages, **known)
-    for path in commands():
+    for path in commands(before):
         update = round()
         if path is not None:
             np.save(path, update)

@@ -2,8 +2,9 @@
 
     rules_b5.py ROWS.npy byzfl|flower RULE F
 
-ByzFL's package imports torchvision and more, so only its aggregators are loaded; it gets PyTorch tensors, which is
-its fast way. Flower gets what its strategies hand on: a list of (arrays, number of samples).
+RULE may be a pipeline, OUTER+INNER: a pre-aggregator, whose rows the inner aggregator is given; OUTER alone returns
+them. ByzFL's package imports torchvision and more, so only its aggregators are loaded; it gets PyTorch tensors, which
+is its fast way. Flower gets what its strategies hand on: a list of (arrays, number of samples).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ rows = np.load(path)  # (K, D)
 
 
 def byzfl():
-    """Return a rule of ByzFL, applied."""
+    """Return a rule or a pipeline of ByzFL, applied, and what has to be done before each time."""
     import torch
 
     package = types.ModuleType("byzfl")
@@ -29,7 +30,7 @@ def byzfl():
     package.__path__ = list(found.submodule_search_locations)
     sys.modules["byzfl"] = package
     aggregators = importlib.import_module("byzfl.aggregators")
-    rule = {
+    makers = {
         "fedavg": lambda: aggregators.Average(),
         "median": lambda: aggregators.Median(),
         "trimmed_mean": lambda: aggregators.TrMean(f=f),
@@ -40,17 +41,26 @@ def byzfl():
         "centered_clipping": lambda: aggregators.CenteredClipping(),
         "nnm": lambda: aggregators.NNM(f=f),
         "arc": lambda: aggregators.ARC(f=f),
-    }[name]()
+    }
+    steps = [makers[step]() for step in name.split("+")]
     updates = torch.from_numpy(rows)
-    # Clipping and ARC write into what they are given.
-    return lambda: rule(updates.clone() if name == "arc" else updates).numpy()
+    given = updates.clone()
+
+    def applied():
+        found = given
+        for step in steps:
+            found = step(found)
+        return found.numpy()
+
+    # ARC writes into what it is given, which a user may let it do: the rows are put right outside of the time.
+    return applied, (lambda: given.copy_(updates)) if "arc" in name else None
 
 
 def flower():
-    """Return a rule of Flower, applied."""
+    """Return a rule of Flower, applied; nothing has to be done before."""
     rules = importlib.import_module("flwr.server.strategy.aggregate")
     results = [([row], 1) for row in rows]
-    return {
+    rule = {
         "fedavg": lambda: rules.aggregate(results)[0],
         "median": lambda: rules.aggregate_median(results)[0],
         "trimmed_mean": lambda: rules.aggregate_trimmed_avg(results, f / len(rows))[0],
@@ -58,6 +68,8 @@ def flower():
         "multi_krum": lambda: rules.aggregate_krum(results, f, len(rows) - f)[0],
         "bulyan": lambda: rules.aggregate_bulyan(results, f, rules.aggregate_krum, to_keep=0)[0],
     }[name]
+    return rule, None
 
 
-protocol.serve({"byzfl": byzfl, "flower": flower}[framework](), framework if framework == "byzfl" else "flwr", "numpy")
+work, before = {"byzfl": byzfl, "flower": flower}[framework]()
+protocol.serve(work, framework if framework == "byzfl" else "flwr", "numpy", before=before)
