@@ -297,5 +297,5 @@ def to_yaml(config: Config, *, provenance: bool = False) -> str:
     choices = config.hydra.runtime.choices
     order = [*catalogue.defaults(), *(group for group in choices if group not in catalogue.defaults())]
     head = " ".join(f"{group}={choices[group]}" for group in order if group in choices)
-    tree = {name: node for name, node in config.items() if provenance or name != "hydra"}
-    return f"# {head}\n{OmegaConf.to_yaml(OmegaConf.create(tree))}"
+    kept = config if provenance else OmegaConf.masked_copy(config, [str(name) for name in config if name != "hydra"])
+    return f"# {head}\n{OmegaConf.to_yaml(kept)}"

@@ -245,8 +245,11 @@ def save_partition(path: str | Path, partition: Partition, splits: ClientSplits 
         part_of[splits.validation.indices] = 1
         part_of[splits.test.indices] = 2
         arrays |= {"part": part_of[partition.indices], "held_out": splits.held_out}
-    with open(path, "wb") as file:  # np.savez would add ".npz" to another name
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    # At zlib's default level, np.savez_compressed's, a tenth of the speed and files no smaller: positions look random.
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
 
 
 def load_partition(path: str | Path) -> tuple[Partition, ClientSplits | None]:

@@ -110,7 +110,7 @@ def font_of(points: float) -> ImageFont.FreeTypeFont:
     for folder in (found.submodule_search_locations or ()) if found else ():
         file = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
         if file.exists():
-            return ImageFont.truetype(file, points * DPI / 72)
+            return ImageFont.truetype(str(file), points * DPI / 72)
     font = ImageFont.load_default(points * DPI / 72)
     assert isinstance(font, ImageFont.FreeTypeFont)  # what a size asks for
     return font
