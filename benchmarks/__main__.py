@@ -32,12 +32,13 @@ ALL = {
     "overhead": "benchmarks.training:overhead",
     "memory": "benchmarks.memory:memory",
     "auto": "benchmarks.auto:auto",
+    "unseen": "benchmarks.auto:unseen",
     "gpu": "benchmarks.gpu:gpu",
     "events": "benchmarks.events:events",
     "workers": "benchmarks.workers:workers",
 }
 
-ON_REQUEST = ("hyper", "memory", "auto", "gpu", "events", "workers")  # minutes, and no figure of the tables
+ON_REQUEST = ("hyper", "memory", "auto", "unseen", "gpu", "events", "workers")  # minutes, and no figure of the tables
 
 
 def main() -> None:

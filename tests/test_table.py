@@ -66,7 +66,10 @@ def test_counting_leaves_the_module_as_it_was():
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
-UNIT = Cost(step=100.0, operation=10.0, parameter=0.1, product=0.01, convolution=0.02)
+UNIT = Cost(
+    client=0.0, step=100.0, operation=10.0, call=30.0, parameter=0.1, memory=0.2, again=2e-4, product=0.01,
+    convolution=0.02, entry=0.5,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -148,11 +151,40 @@ def test_a_cohort_of_recurrent_models_is_batched():
     engine.close()
 
 
+def test_fused_kernels_make_products_of_convolutions():
+    assert COSTS["fused"].call == 0 < min(COSTS[name].call for name in ("sequential", "captured", "generic"))
+
+
 def test_a_captured_step_costs_what_its_forward_and_backward_have(unit, monkeypatch):
     monkeypatch.setitem(COSTS, "captured", UNIT)
     counted = given()._replace(recorded=11, again=5000, fused=(7, 10000))
     assert microseconds("captured", counted) == pytest.approx(4 * 6 * (100 + 11 * 10 + 9 + 1))
     assert microseconds("fused", counted, 6) == pytest.approx(4 * (100 + 7 * 10 + 6 * (9 + 2)))
+
+
+def test_clients_cost_something_beside_their_steps(monkeypatch):
+    monkeypatch.setitem(COSTS, "fused", UNIT._replace(client=7.0))
+    assert microseconds("fused", given(), 6) == pytest.approx(4 * (130 + 6 * 9) + 6 * 7)
+    assert microseconds("fused", given(threads=2), 3) == pytest.approx((4 * (2 * 130 + 6 * 9) + 6 * 7) / 2)
+
+
+def test_what_an_optimiser_does_beside_plain_sgd_is_counted_in_passes(unit):
+    def memories(**training):
+        return shapes(make_task(mlp((8,), 5), torch.zeros(4, 8), [4], **training), cohort=1, threads=1).memories
+
+    assert memories() == 0
+    assert memories(momentum=0.9) == memories(clip_norm=1.0) == 1
+    assert memories(momentum=0.9, clip_norm=1.0) == 2
+    assert memories(optimizer="adamw") == 4
+    counted = given()._replace(memories=2)  # of 50 parameters each
+    assert microseconds("sequential", counted) == pytest.approx(4 * 6 * (130 + 9 + 2 * 50 * 0.2))
+
+
+def test_what_operations_write_is_counted_for_a_batch(unit):
+    task = make_task(mlp((8,), 5, hidden=(6,)), torch.zeros(10, 8), [10, 5, 0])
+    assert shapes(task, cohort=2, threads=1).entries == 4 * (6 + 6 + 5)  # a batch of 4: map, rectifier, map
+    counted = given()._replace(entries=10.0)
+    assert microseconds("fused", counted, 6) == pytest.approx(4 * (130 + 6 * (9 + 5)))
 
 
 def test_a_small_convolution_costs_its_call_where_onednn_does_it(unit):
@@ -161,8 +193,7 @@ def test_a_small_convolution_costs_its_call_where_onednn_does_it(unit):
     task = make_task(task.module.double(), task.x.double(), [8])
     assert shapes(task, cohort=1, threads=1).calls == 0
     counted = given()._replace(calls=2)
-    assert microseconds("sequential", counted) == pytest.approx(4 * 6 * (130 + 120 + 9))
-    assert microseconds("fused", counted, 6) == pytest.approx(4 * (130 + 6 * 9))  # its convolutions are products
+    assert microseconds("sequential", counted) == pytest.approx(4 * 6 * (130 + 60 + 9))
 
 
 def test_torchs_own_recurrent_layers_are_counted_by_their_products():

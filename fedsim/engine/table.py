@@ -3,9 +3,10 @@
 A round's cost is that of its programs (a step of one client, or of all rows of a chunk that have one), of the
 operations in them, and of the parameters and products of each client's step. A recurrent layer reads its weights again
 for every token, in forward and backward, and autograd writes a gradient each time and adds it to the others: six passes
-over the weights; kernels that move them in one product at the end do two. The unit costs were fitted to what
-`python -m benchmarks auto` measured on one core of an Intel Xeon with AVX-512; on another processor they scale more or
-less together, and what matters here are their ratios. Nothing is timed in a run: equal shapes, equal choice.
+over the weights; kernels that move them in one product at the end do two. The unit costs were fitted to CPU
+times of 90 drawn situations (eight kinds of model, cohorts of 2 to 300, plain SGD, momentum, clipping, AdamW) on one
+core of an AMD EPYC, and are half of what it took while it was busy with other work; on another processor they scale
+more or less together, and what matters here are their ratios. Nothing is timed in a run: equal shapes, equal choice.
 """
 
 from __future__ import annotations
@@ -29,29 +30,34 @@ from fedsim.engine.stepping import place
 from fedsim.engine.task import Task
 from fedsim.engine.unrolled import plain_recurrent, unrolled
 from fedsim.layout import Params
+from fedsim.local import LocalTraining
 
 
 class Cost(NamedTuple):
     """Microseconds of an engine's units, forward and backward together."""
 
+    client: float  # of one, beside its steps
     step: float  # of a program, whatever its rows
     operation: float  # in a program's forward; of a captured step, in forward and backward
+    call: float  # of a float32 convolution in a program, however small: oneDNN's own, none where they are products
     parameter: float  # of one that a client's step reads and moves
+    memory: float  # of one for each number that the optimiser keeps or makes beside its gradient
+    again: float  # of a pass over one in a step that has read it before
     product: float  # of a multiplication of a client's step
     convolution: float  # of one in a convolution
+    entry: float  # of one that an operation of a client's step writes, forward
 
 
 COSTS = {
-    "sequential": Cost(60.0, 20.0, 1.2e-3, 60e-6, 60e-6),
-    "captured": Cost(32.0, 1.05, 0.5e-3, 40e-6, 50e-6),
-    "fused": Cost(300.0, 17.0, 1.8e-3, 60e-6, 250e-6),
-    "generic": Cost(450.0, 33.0, 2.5e-3, 80e-6, 120e-6),
+    "sequential": Cost(60.0, 95.0, 20.0, 135.0, 0.95e-3, 1.0e-3, 0.18e-3, 34e-6, 60e-6, 1.2e-3),
+    "captured": Cost(35.0, 16.0, 0.95, 125.0, 0.45e-3, 0.8e-3, 0.18e-3, 27e-6, 50e-6, 1.15e-3),
+    "fused": Cost(4.6, 340.0, 13.5, 0.0, 1.0e-3, 0.65e-3, 0.37e-3, 33e-6, 225e-6, 1.2e-3),
+    "generic": Cost(2.5, 850.0, 44.0, 180.0, 1.35e-3, 0.65e-3, 0.39e-3, 30e-6, 100e-6, 1.25e-3),
 }
 
 
-CALL = 60.0  # microseconds of a float32 convolution, forward and backward, however small: oneDNN's own
-AGAIN = 0.2e-3  # microseconds of a pass over a parameter in a step that has read it before, on every engine
 PASSES = 6  # of autograd for a weight's every further use: two readings, a gradient written, and added (2 in, 1 out)
+MEMORIES = {"momentum": 1, "clip_norm": 1, "adamw": 4}  # passes over the parameters, see `Cost.memory`
 
 
 class Shapes(NamedTuple):
@@ -66,6 +72,8 @@ class Shapes(NamedTuple):
     threads: int
     recorded: int = 0  # operations of a forward and its backward
     calls: int = 0  # convolutions of a forward that oneDNN does
+    memories: int = 0  # passes of the optimiser over its parameters beside that of plain SGD
+    entries: float = 0.0  # that a batch's forward writes
     again: int = 0  # parameters passed over, where a step uses them more than once
     fused: tuple[int, int] | None = None  # operations and `again`, where fused kernels have their own
     unrolled: int | None = None  # operations of a forward where `torch.func` needs recurrent layers' products
@@ -98,6 +106,8 @@ def shapes(task: Task, cohort: int, threads: int) -> Shapes:
         threads=threads,
         recorded=both.operations,
         calls=calls,
+        memories=_memories(task.training),
+        entries=count.entries / num * batch,
         again=PASSES * count.again(count.reads),
         fused=_fused(task),
         unrolled=unrolled_operations,
@@ -126,12 +136,21 @@ def microseconds(engine: str, given: Shapes, chunk: int = 1) -> float:
     # Longest clients first: a chunk takes as many steps as its longest client, the first one as many as anybody.
     spread = given.steps.max() / given.steps.mean()
     longest = 1.0 if rows == 1 else 1 + (spread - 1) / programs
-    own = cost.parameter * given.parameters + AGAIN * again
-    own += cost.product * given.products + cost.convolution * given.convolutions
-    calls = CALL * given.calls if engine != "fused" else 0.0  # whose convolutions are products
-    total = programs * longest * (cost.step + cost.operation * operations + calls) + cohort * own
+    own = (cost.parameter + cost.memory * given.memories) * given.parameters + cost.again * again
+    own += cost.product * given.products + cost.convolution * given.convolutions + cost.entry * given.entries
+    program = cost.step + cost.operation * operations + cost.call * given.calls
+    total = given.steps.mean() * (programs * longest * program + cohort * own) + cohort * cost.client
     side_by_side = 1 if engine == "sequential" else min(given.threads, programs)
-    return float(given.steps.mean() * total / side_by_side)
+    return float(total / side_by_side)
+
+
+def _memories(training: LocalTraining) -> int:
+    """Count what an optimiser does beside plain SGD, in passes over the parameters."""
+    used = {
+        "momentum": training.momentum, "clip_norm": training.clip_norm is not None,
+        "adamw": training.optimizer == "adamw",
+    }  # fmt: skip
+    return sum(MEMORIES[name] for name, value in used.items() if value)
 
 
 def _fused(task: Task) -> tuple[int, int] | None:
@@ -173,7 +192,8 @@ class _Counter(Watch):  # type: ignore[no-untyped-call]
 
     def __init__(self, params: Params) -> None:
         super().__init__()
-        self.operations, self.calls, self.products, self.convolutions = 0, 0, 0.0, 0.0
+        self.operations, self.calls, self.entries = 0, 0, 0
+        self.products, self.convolutions = 0.0, 0.0
         self.sizes = {place(value): value.numel() for value in params.values()}
         self.reads: Counter[int] = Counter()  # by products and convolutions, of each place
 
@@ -201,6 +221,7 @@ class _Counter(Watch):  # type: ignore[no-untyped-call]
         if func.is_view:
             return out
         self.operations += 1
+        self.entries += out.numel() if isinstance(out, Tensor) else 0
         name = func.overloadpacket.__name__
         if name in ("mm", "addmm", "bmm", "baddbmm"):
             left, right = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
