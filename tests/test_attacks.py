@@ -616,6 +616,27 @@ def test_a_backdoor_succeeds_where_accuracy_does_not_show_it(tmp_path):
     assert boosted.summary["plan"]["rows"] == "held: Backdoor"
 
 
+def test_attack_seed_is_of_the_attack_alone(tmp_path):
+    words = ("attack=gaussian", "attack.fraction=0.3", "seed=4")
+    seen = {seed: [] for seed in ("null", 4, 5)}
+    runs = {
+        seed: run(tmp_path / str(seed), *words, f"attack.seed={seed}", strategy=Spy(seen[seed])) for seed in seen
+    }
+    assert same(runs["null"], runs[4])  # null: the run's seed
+    partitions = [np.load(runs[seed].folder / "partition.npz") for seed in (4, 5)]
+    for name in partitions[0].files:
+        np.testing.assert_array_equal(partitions[0][name], partitions[1][name])
+    for (mine, _), (theirs, _) in zip(seen[4], seen[5], strict=True):
+        assert torch.equal(mine, theirs)  # cohorts
+    (ids, first), (_, second) = seen[4][0], seen[5][0]  # before round 2 the models differ
+    who = [np.isin(ids.numpy(), byzantine_clients(seed, np.arange(10), 0.3)) for seed in (4, 5)]
+    assert (who[0] != who[1]).any()
+    honest = ~(who[0] | who[1])
+    assert torch.equal(first[honest], second[honest])  # initial model, order of the data
+    noise = [rows[attackers][0] for rows, attackers in zip((first, second), who, strict=True)]
+    assert not torch.isclose(*noise).any()  # what they send is drawn anew, too
+
+
 def test_an_attacks_memory_is_resumed(tmp_path):
     from fedsim.console import Observer
     from fedsim.simulation import resume

@@ -31,7 +31,7 @@ class Adversary:
         fraction: share of `clients` that attack, in [0, 1], halves upward; the same ones in every round, and those
             of a smaller fraction are among those of a larger one.
         knowledge: "all" (they see everybody's updates) or "own".
-        seed: of who attacks and of what is poisoned.
+        seed: of who attacks, of what is poisoned and of all else that an attack draws.
 
     Raises:
         ValueError: an argument out of its range, or an object that is no attack.
@@ -98,7 +98,7 @@ class Adversary:
         if not isinstance(self.attack, RowAttack) or not bool(byzantine.any()):
             return byzantine, cohort.rows[byzantine]
         view = View(
-            cohort=cohort, byzantine=byzantine, knowledge=self.knowledge,
+            cohort=replace(cohort, seed=self.seed), byzantine=byzantine, knowledge=self.knowledge,
             aggregate=None if aggregate is None else lambda updates: aggregate(_with(cohort, updates)),
         )  # fmt: skip
         rows, self.state = self.attack.rows(view, self.state)

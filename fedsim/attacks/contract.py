@@ -12,7 +12,7 @@ Optional members, found by name:
     sends_rows: bool              False: `rows` is not called, the engine need not hold the updates
 
 Attackers train like everybody else; `view.own` is what they would have sent. They can change no other row: only the
-F rows that they return are written. All randomness comes from `view.cohort.rng(purpose)`.
+F rows that they return are written. All randomness comes from `view.cohort.rng(purpose)`: of `attack.seed`, the round.
 """
 
 from __future__ import annotations
