@@ -619,9 +619,7 @@ def test_a_backdoor_succeeds_where_accuracy_does_not_show_it(tmp_path):
 def test_attack_seed_is_of_the_attack_alone(tmp_path):
     words = ("attack=gaussian", "attack.fraction=0.3", "seed=4")
     seen = {seed: [] for seed in ("null", 4, 5)}
-    runs = {
-        seed: run(tmp_path / str(seed), *words, f"attack.seed={seed}", strategy=Spy(seen[seed])) for seed in seen
-    }
+    runs = {seed: run(tmp_path / str(seed), *words, f"attack.seed={seed}", strategy=Spy(seen[seed])) for seed in seen}
     assert same(runs["null"], runs[4])  # null: the run's seed
     partitions = [np.load(runs[seed].folder / "partition.npz") for seed in (4, 5)]
     for name in partitions[0].files:

@@ -110,6 +110,7 @@ def test_arms_like_others_and_later_overrides():
 
 SHIPPED = [
     "fedld", "flag", "fedhyper", "ef21", "ef21_tuned", "unstale", "unstale_dirichlet", "unstale_shift", "unstale_mnist",
+    "fedld_hospitals", "flag_attackers", "flag_mnist", "fedhyper_cifar",
 ]  # fmt: skip
 
 
