@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from fedsim.config import compose
 from fedsim.errors import UserError
 from fedsim.study import page, verdict
 from fedsim.study.drive import OTHER_SEEDS, Asked, _judge, _overrides, _write, experiment
@@ -229,6 +230,15 @@ def test_a_command_changes_no_arm_that_sets_the_same_itself():
     assert "num_rounds=5" in words["mean"]
     assert "num_rounds=2" in words["mean cut short"]  # else the positive control would have nothing to find
     assert "num_rounds=5" not in words["mean cut short"]
+
+
+def test_a_reseeded_arm_keeps_who_attacks_unless_the_cell_says():
+    """Else a null control compares other attackers."""
+    for name, attackers in (("flag", 3), ("flag_attackers", 101)):
+        study = build(load(name))
+        asked = Asked(name, study, (), (), None)
+        config = compose(_overrides(asked, study.cells[0], study.methods["mean again"], ((), {}), 3))
+        assert (config.attack.seed, config.partition.seed, config.seed) == (attackers, 3, 3 + OTHER_SEEDS)
 
 
 def test_rounds_to_a_target(toys, tmp_path):

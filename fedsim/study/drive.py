@@ -31,7 +31,7 @@ FILE = "experiment.json"
 MOST_RUNS = 10_000  # that the numbers in trials' names are wide enough for
 OTHER_SEEDS = 10_000  # added to the seed of a reseeded arm
 _PLACE = ("data.root", "device", "threads")  # where it runs, not what
-_KEPT = ("partition.seed", "model.seed", "sampler.seed")
+_KEPT = ("partition.seed", "model.seed", "sampler.seed", "++attack.seed")  # an attack of one's own may have none
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,9 @@ def _overrides(asked: Asked, cell: Point, arm: Arm, point: Point, seed: int, run
     """
     own = {_key(text) for text in arm.set}
     words = [text for text in asked.words if _key(text) not in own]
-    seeds = [f"seed={seed}"]
-    if arm.reseed:
-        seeds = [f"seed={seed + OTHER_SEEDS}", *(f"{name}={seed}" for name in _KEPT)]
+    other, kept = (OTHER_SEEDS, [f"{name}={seed}" for name in _KEPT]) if arm.reseed else (0, [])
     replays = [] if arm.replays is None else [plans.setting("strategy.run", run)]
-    return merged(asked.study.base, cell[0], arm.set, point[0], replays, words, seeds)
+    return merged(kept, asked.study.base, cell[0], arm.set, point[0], replays, words, [f"seed={seed + other}"])
 
 
 def _key(text: str) -> str:

@@ -30,7 +30,7 @@ class Arm:
     best: tuple[
         str, ...
     ] = ()  # arms of which it is, in each seed, the one with the best figure; it has no runs of its own
-    reseed: bool = False  # other data order under the same partition, initial model and cohorts: a null control
+    reseed: bool = False  # other data order under the same partition, initial model, cohorts and attackers
     replays: str | None = None  # an arm whose run of the same cell and seed it is given as strategy.run
 
     def points(self) -> list[Point]:
