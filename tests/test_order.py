@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedsim import linalg, networks, order, products
 from fedsim.laws import cohort_of
 from fedsim.linalg import beside, combine, gram, mapped, row_norms, square_distances
+from fedsim.mapped import taken
 from fedsim.strategies.arc import ARC
 from fedsim.strategies.bucketing import Bucketing
 from fedsim.strategies.clip import Clip
@@ -161,6 +162,15 @@ def test_what_is_mapped_gives_what_is_written(use, map_):
     torch.testing.assert_close(rows.written, by @ source, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(USES[use](rows), USES[use](by @ source), rtol=1e-9, atol=1e-9)
     assert beside(rows).dtype == source.dtype
+
+
+@pytest.mark.parametrize("map_", MAPS)
+def test_some_mapped_rows_are_those_of_the_written_matrix(map_):
+    rows = mapped(MAPS[map_], torch.from_numpy(np.random.default_rng(4).normal(size=(6, 20))))
+    for chosen in (torch.tensor([3, 1, 1]), torch.arange(len(rows)) % 3 == 1):
+        some = taken(rows, chosen)
+        assert some.source is rows.source
+        torch.testing.assert_close(some.written, rows.written[chosen], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("outer", "inner"), list(itertools.product(MAPS, MAPS)))

@@ -48,6 +48,16 @@ def test_a_program_does_what_the_function_does_and_python_stays_out_of_it():
     assert function.calls == 6
 
 
+def test_another_precision_is_another_program():
+    replay, function = Replay(), Counted(curvature)
+    for calls, dtype in ((2, torch.float64), (4, torch.float32), (4, torch.float64), (4, torch.float32)):
+        given = [values(0, 5, 3).to(dtype), values(1, 3).to(dtype)]
+        for got, want in zip(replay("key", function, given), curvature(given), strict=True):
+            assert got.dtype == dtype
+            assert torch.equal(got, want)
+        assert function.calls == calls
+
+
 def test_inputs_stay_and_results_can_be_differentiated():
     given = [values(0, 5, 3), values(1, 3)]
     kept = [value.clone() for value in given]

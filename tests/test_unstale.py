@@ -194,6 +194,18 @@ def test_the_search_finds_samples_that_explain_the_update():
     assert ((estimate - fresh).abs().sum(1) < 0.7 * (sought.updates - fresh).abs().sum(1)).all()
 
 
+def test_entries_outside_the_mask_count_for_nothing():
+    mimic = mimic_of(FULL)
+    sought, _, _ = sought_of(mimic)
+    x, z = (value.double() for value in (torch.zeros(2, max(SIZES), FEATURES), torch.zeros(2, max(SIZES), CLASSES)))
+    masked = sought._replace(mask=largest(sought.updates, 9))
+    other = masked._replace(updates=torch.where(masked.mask, masked.updates, 7.0))
+    one, two, whole = (Inversion(iterations=4).search(mimic, of, x, z) for of in (masked, other, sought))
+    for mine, theirs in zip(one, two, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    assert not torch.equal(one.x, whole.x)
+
+
 def test_two_clients_at_once_are_each_alone():
     mimic = mimic_of(FULL)
     sought, _, _ = sought_of(mimic)
@@ -551,6 +563,7 @@ def staleness():
     ("overrides", "reason"),
     [
         (["client=sgd"], "mini-batches"),
+        (["client.batch_size=103"], "mini-batches"),  # clients have 100 to 105 samples
         (["client.optimizer=adamw"], "adamw cannot be unrolled"),
         (["client=margin", "client.batch_size=null"], "Margin"),
     ],
