@@ -24,6 +24,7 @@ from fedsim.local import LocalTraining, moving
 from fedsim.models.dropout import replace_dropout
 from fedsim.models.parameters import Parameters, initialise, load_init, split_parameters
 from fedsim.settings import Run
+from fedsim.threads import take_threads
 
 # Forward operations of a batch from which a second thread gains more than it costs to wake and wait for.
 THREADS_PAY = 2e7
@@ -85,7 +86,7 @@ def build_task(
         shape = tuple(x.shape[1:])
         hint = "" if x.is_floating_point() else "; these are tokens: choose model=char_gru, or a model that embeds them"
         raise UserError(f"model: it does not take inputs of shape {shape}: {users_line(error)}{hint}") from error
-    torch.set_num_threads(run.threads or (num_cores() if work >= THREADS_PAY else 1))
+    take_threads(run.threads or (num_cores() if work >= THREADS_PAY else 1))
     task = Task(
         module=model, shared=names.shared, local=names.local, buffers=names.buffers, objective=objective,
         training=training, x=x, y=placed(dataset.y, x.device, dataset.y.dtype), partition=partition,

@@ -24,6 +24,7 @@ from fedsim.errors import UserError
 from fedsim.experiment import Experiment
 from fedsim.metrics.budget import Evaluation
 from fedsim.shards import shard_bytes
+from fedsim.threads import take_threads
 
 
 def planned(experiment: Experiment, config: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> Experiment:
@@ -118,7 +119,7 @@ def planned_engine(
     if saved is None:
         return make_engine(task, cohort=cohort, threads=threads, beside=beside, **given)
     now = as_changed(saved)
-    torch.set_num_threads(now["threads"])
+    take_threads(now["threads"])
     if (now["device"] == "cpu") != (task.device.type == "cpu"):
         return make_engine(task, cohort=cohort, threads=threads, **given)
     own = given if given["name"] == now["engine"] else {}

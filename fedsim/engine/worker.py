@@ -20,6 +20,7 @@ from fedsim.engine.auto import make_engine
 from fedsim.engine.parcel import Bytes, Parcel, from_bytes, sendable, to_bytes, unpack, view
 from fedsim.engine.shared import Memory
 from fedsim.engine.task import Block, Engine, Job, Task
+from fedsim.threads import take_threads
 
 
 class Setup(NamedTuple):
@@ -66,7 +67,7 @@ class Runner:
     """
 
     def __init__(self, parcel: Parcel, setup: Setup, device: torch.device) -> None:
-        torch.set_num_threads(setup.threads)
+        take_threads(setup.threads)
         _apply(setup.numerics)
         self.device = device
         task: Task = unpack(parcel, device)

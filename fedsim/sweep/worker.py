@@ -32,6 +32,7 @@ from fedsim.folder import locked
 from fedsim.partition.picture import drawn_once
 from fedsim.sweep.plan import setting
 from fedsim.sweep.pool import PICTURES, Batch, Event, Job
+from fedsim.threads import take_threads
 from fedsim.together import Entrant, Outcome, together
 
 # What runs import when they first need it: loaded once, before the fork, it costs the trials nothing.
@@ -94,7 +95,7 @@ def serve(pipe: connection.Connection, environ: Mapping[str, str], folder: str) 
         except EOFError:
             return
         try:
-            torch.set_num_threads(threads)  # a run's model is made before the run has set its own
+            take_threads(threads)  # a run's model is made before the run has set its own
             with keeping(data):
                 if isinstance(job, Batch):
                     _do_together(job, pipe)
