@@ -61,7 +61,8 @@ class Adversarial:
         """Return the mean cross-entropy () of the moved samples.
 
         Raises:
-            ValueError: the samples are no numbers that could be moved, e.g. tokens.
+            ValueError: the samples are no numbers that could be moved, e.g. tokens, or the model keeps running
+                statistics.
 
         """
         x = batch.x  # (B, …)
@@ -75,4 +76,10 @@ class Adversarial:
             raise ValueError(f"client=adversarial needs floating-point features, this data has {batch.x.dtype}")
         ascent = Ascent(self.radius, self.num_steps, self.step_size, self.low, self.high)
         key = fold_in(context.key, _START) if self.random_start else None
-        return ascent.moved(lambda x: model(params, x), batch.x, batch.y, key)
+        try:
+            return ascent.moved(lambda x: model(params, x), batch.x, batch.y, key)
+        except RuntimeError as error:
+            if "in-place" not in str(error):
+                raise
+            what = "client=adversarial cannot train a model that changes its own tensors (batch norm?); use group norm"
+            raise ValueError(what) from error

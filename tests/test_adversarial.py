@@ -124,6 +124,11 @@ def test_engines_train_alike(tmp_path):
         torch.testing.assert_close(other, seen[0], rtol=0, atol=1e-9)
 
 
+def test_a_model_with_running_statistics_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match=r"client=adversarial cannot .*use group norm"):
+        fedsim.simulate("strategy=fal", "model=mlp_bn", "num_rounds=1", folder=tmp_path / "run")
+
+
 @pytest.mark.parametrize("arguments", [{"radius": 0.0}, {"num_steps": 0}], ids=str)
 def test_without_a_move_it_is_fedavgs_client(tmp_path, arguments):
     mine = _weights(tmp_path, "mine", Adversarial(**arguments), "engine=sequential")

@@ -337,6 +337,7 @@ def test_bytes_are_those_of_the_traffic(tmp_path):
     ("overrides", "message"),
     [
         (["mode=fixed_delay"], "needs devices that say who is slow"),
+        (["mode=fixed_delay", "devices=uniform"], "none of the 8 slow"),
         (["mode=async", "mode.buffer=9"], "buffer must be <= 8"),
         (["mode=async", "mode.buffer=2", "strategy=flower/fedavg"], "use a fedsim rule"),
         (["devices=intertwined", "devices.target_class=10"], "devices.target_class must be below the data's 10"),

@@ -42,8 +42,13 @@ class FixedDelay:
     def check(self, server: Server) -> None:
         """Refuse devices that name no slow clients."""
         fleet = server.clock.fleet
-        if fleet is None or not fleet.slow.any():
+        if fleet is None:
             raise ValueError("mode=fixed_delay needs devices that say who is slow: devices=intertwined, tiers or trace")
+        if not fleet.slow.any():
+            raise ValueError(
+                f"mode=fixed_delay delays slow clients, and these devices make none of the {len(fleet.slow)} slow: "
+                "take more clients, another seed, or devices=intertwined, tiers or trace with more of them"
+            )
 
     def num_participants(self, cohort_size: int) -> int:
         """Return the cohort."""
