@@ -20,7 +20,7 @@ from fedsim.mapped import Mapped, Rows, source_of
 from fedsim.mapped import mapped as mapped
 from fedsim.place import blocks, elsewhere, full_precision
 from fedsim.place import map_columns as map_columns
-from fedsim.products import BLOCK, inner_products
+from fedsim.products import BLOCK, inner_products, square_distances_to
 
 NOISE = 1e-3
 """Share of the squares in a difference of float32 products below which it is rounding noise, not a distance."""
@@ -164,6 +164,14 @@ def _mapped_distances(inner: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
     kind = torch.unique(by, dim=0, return_inverse=True)[1]  # (M,)
     alike = kind[:, None] == kind  # (M, M)
     return squares.masked_fill(alike, 0), ((squares >= NOISE * total) | alike).all()
+
+
+def distances_to(vector: Tensor, updates: Tensor) -> Tensor:
+    """Return ‖x_k − v‖ (K,) in float64 of updates (K, D) and v (D,), whose squares may overflow or underflow."""
+    squares = square_distances_to(vector, updates)  # (K,)
+    for row in torch.nonzero(~(torch.isfinite(squares) & (squares > 1e-24))).flatten().tolist():
+        squares[row] = square_distances_to(vector, updates[row : row + 1], torch.float64)[0]
+    return squares.sqrt()
 
 
 def largest_entry(updates: Tensor) -> Tensor:

@@ -97,6 +97,36 @@ def _by_numpy(rows: Tensor, vector: Tensor | None) -> Tensor:
     return torch.from_numpy(total)
 
 
+def square_distances_to(vector: Tensor, updates: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return ‖x_k − v‖² (K,) in float64 of rows (K, D) and v (D,) on the device, in one read.
+
+    Args:
+        vector: (D,) on the device.
+        updates: (K, D).
+        dtype: of the differences; None: the updates'.
+
+    """
+    home = beside(updates)
+    dtype = dtype or updates.dtype
+
+    def part(given: tuple[slice, Tensor]) -> Tensor:
+        columns, block = given
+        total = home.new_zeros(len(updates), dtype=torch.float64)  # (K,)
+        for x, v in zip(block.split(PRODUCT, 1), vector[columns].split(PRODUCT), strict=True):
+            away = x.to(dtype) - v.to(dtype)  # (K, d)
+            if not by_numpy(home.device, dtype):
+                total += torch.linalg.vecdot(away, away)
+                continue
+            values = away.numpy()
+            with np.errstate(all="ignore"):
+                total += torch.from_numpy(np.matmul(values[:, None, :], values[:, :, None])[:, 0, 0])
+        return total
+
+    with one_thread_a_product(home.device):
+        parts = list(blocks(updates, BLOCK))
+        return sum(each(part, parts, threads_for(home.device)), home.new_zeros(len(updates), dtype=torch.float64))
+
+
 def times(matrix: Tensor, block: Tensor, out: Tensor | None = None) -> Tensor:
     """Return M B (M, d) of M (M, K) and a block B (K, d), within `one_thread_a_product`."""
     if not by_numpy(block.device, block.dtype):

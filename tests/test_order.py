@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedsim import linalg, networks, order, products
+from fedsim import mapped as mapped_
 from fedsim.laws import cohort_of
 from fedsim.linalg import beside, combine, gram, mapped, row_norms, square_distances
 from fedsim.mapped import taken
@@ -171,6 +172,18 @@ def test_some_mapped_rows_are_those_of_the_written_matrix(map_):
         some = taken(rows, chosen)
         assert some.source is rows.source
         torch.testing.assert_close(some.written, rows.written[chosen], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("map_", MAPS)
+def test_rows_are_written_in_blocks_whatever_the_threads(monkeypatch, map_):
+    source, found = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)), []
+    monkeypatch.setattr(mapped_, "WIDTH", 16)
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(mapped(MAPS[map_], source).written)
+    assert torch.equal(*found)
+    by = MAPS[map_] if MAPS[map_].dim() == 2 else MAPS[map_].diag()
+    torch.testing.assert_close(found[0].double(), by @ source.double(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("outer", "inner"), list(itertools.product(MAPS, MAPS)))

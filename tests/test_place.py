@@ -29,7 +29,7 @@ from fedsim.linalg import (
 )
 from fedsim.metrics.drift import drift_of_rows
 from fedsim.order import mean_around_median, median, trimmed_mean
-from fedsim.place import Place, blocks, blockwise
+from fedsim.place import Place, blocks, blockwise, empty
 
 K, D = 12, 1000
 BYTES = 16_384  # a third of a float32 matrix, a fifth of a float64 one
@@ -62,6 +62,15 @@ class Spy(TorchDispatchMode):
 
 
 # --- helpers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_memory_for_a_matrix_begins_where_torchs_does(dtype):
+    for count in range(1, 9):
+        found = empty(count, matrix(dtype))
+        assert (found.shape, found.dtype, found.data_ptr() % 64) == ((count, D), dtype, 0)
+        found.fill_(3)  # all of it is there
+        assert found.is_contiguous()
 
 
 @pytest.mark.parametrize("width", [1, 7, 64, 5000])

@@ -10,6 +10,7 @@ from scipy import optimize, stats
 from fedsim import linalg, order, products
 from fedsim.laws import cohort_of
 from fedsim.linalg import _distances, square_distances
+from fedsim.strategies import centered_clipping
 from fedsim.strategies.bulyan import Bulyan
 from fedsim.strategies.centered_clipping import CenteredClipping
 from fedsim.strategies.dnc import DnC
@@ -185,9 +186,11 @@ def test_geometric_median_steps_against_loops(num_iterations):
     np.testing.assert_allclose(got, z, rtol=1e-10)
 
 
+@pytest.mark.parametrize("gram", [0, 1000], ids=["direct", "by gram"])
 @pytest.mark.parametrize("start", ["state", "median", "zero"])
-@pytest.mark.parametrize("num_iterations", [1, 4])
-def test_centered_clipping_against_loops(start, num_iterations):
+@pytest.mark.parametrize("num_iterations", [2, 4])
+def test_centered_clipping_against_loops(monkeypatch, gram, start, num_iterations):
+    monkeypatch.setattr(centered_clipping, "GRAM", gram)
     rule = CenteredClipping(radius=2.0, num_iterations=num_iterations, start=start)
     previous, state = np.zeros(6), rule.init(cohort_of(np.zeros((1, 6))).layout, 9)
     for seed in range(3):
@@ -199,6 +202,15 @@ def test_centered_clipping_against_loops(start, num_iterations):
         delta, state, _ = rule(cohort_of(rows), state)
         np.testing.assert_allclose(delta, v, rtol=1e-10, atol=1e-12)
         previous = v
+
+
+@pytest.mark.parametrize(("count", "num_iterations", "taken"), [(9, 1, 0), (9, 2, 1), (33, 2, 0), (64, 3, 1)])
+def test_centered_clipping_takes_a_gram_matrix_where_it_is_cheaper(monkeypatch, count, num_iterations, taken):
+    grams = []
+    monkeypatch.setattr(centered_clipping, "gram", lambda *given: grams.append(1) or linalg.gram(*given))
+    rows = torch.randn(count, 6, generator=torch.Generator().manual_seed(0))
+    apply_rule(CenteredClipping(num_iterations=num_iterations), rows)
+    assert len(grams) == taken
 
 
 def test_dnc_drops_c_f_clients_rounded_up():
@@ -339,6 +351,42 @@ def test_what_fails_in_a_thread_is_raised(monkeypatch):
     monkeypatch.setattr(order, "walked", lambda statistic: [0, 7, 3])  # there is no wire 7
     with pytest.raises(RuntimeError):
         order.trimmed_mean(torch.zeros(3, 8), 1)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_distances_to_a_vector(scale, monkeypatch):
+    monkeypatch.setattr(products, "BLOCK", 5)
+    monkeypatch.setattr(products, "PRODUCT", 2)
+    rng = torch.Generator().manual_seed(4)
+    updates, vector = scale * torch.randn(4, 13, generator=rng), scale * torch.randn(13, generator=rng)
+    want = (updates.double() - vector.double()).norm(dim=1)
+    torch.testing.assert_close(linalg.distances_to(vector, updates), want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [3, 8, 9, 37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_inner_products_of_rows_and_a_vector(dtype, size, monkeypatch):
+    monkeypatch.setattr(products, "BLOCK", 16)
+    monkeypatch.setattr(products, "PRODUCT", 4)
+    rng = torch.Generator().manual_seed(4)
+    rows = torch.randn(5, size + 2, generator=rng, dtype=torch.float64).to(dtype)[:, 2:]
+    vector = torch.randn(size, generator=rng, dtype=torch.float64).to(dtype)
+    inner, cross, square = products.inner_products(rows, vector=vector)
+    x, v = rows.double(), vector.double()
+    tolerance = {"rtol": 0.05, "atol": 0.2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(inner, x @ x.T, **tolerance)
+    torch.testing.assert_close(cross, x @ v, **tolerance)
+    torch.testing.assert_close(square, v @ v, **tolerance)
+
+
+def test_differences_that_cancel_are_taken_of_the_rows():
+    """Rows within 1e-3 of an origin of length 50: their products know nothing of what is left."""
+    rng = torch.Generator().manual_seed(4)
+    origin = torch.randn(2500, generator=rng)
+    updates = origin + 2e-5 * torch.randn(4, 2500, generator=rng)
+    moved = updates.double() - origin.double()
+    for rows in (updates, linalg.mapped(torch.eye(4), updates)):
+        torch.testing.assert_close(linalg.gram(rows, origin), moved @ moved.T, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -38,7 +38,8 @@ def byzfl():
         "krum": lambda: aggregators.Krum(f=f),
         "multi_krum": lambda: aggregators.MultiKrum(f=f),
         "geometric_median": lambda: aggregators.GeometricMedian(),
-        "centered_clipping": lambda: aggregators.CenteredClipping(),
+        "centered_clipping": lambda: aggregators.CenteredClipping(L=3, tau=1.0),  # our defaults, from 0 as ours here
+        "centered_clipping_once": lambda: aggregators.CenteredClipping(L=1, tau=1.0),
         "nnm": lambda: aggregators.NNM(f=f),
         "arc": lambda: aggregators.ARC(f=f),
     }
