@@ -41,7 +41,8 @@ PEERS = {
         **{
             name: name for name in (
                 "fedavg", "median", "trimmed_mean", "meamed", "krum", "multi_krum", "geometric_median",
-                "centered_clipping", "centered_clipping_once", "nnm+fedavg", "nnm+trimmed_mean", "arc+fedavg", "arc+trimmed_mean",
+                "centered_clipping", "centered_clipping_once",
+                "nnm+fedavg", "nnm+trimmed_mean", "arc+fedavg", "arc+trimmed_mean",
             )
         },
         "nnm": "nnm_rows", "arc": "arc_rows",
@@ -49,13 +50,13 @@ PEERS = {
     "flower": {name: name for name in ("fedavg", "median", "trimmed_mean", "krum", "multi_krum", "bulyan")},
 }  # fmt: skip
 # ByzFL's Krum counts one neighbour more, its geometric median takes 3 steps from 0 where ours takes 100 from the mean;
-# Flower's Krum counts otherwise too, and its Bulyan leaves others out. What has to be read is the same, the result is not.
+# Flower's Krum counts otherwise too, and its Bulyan leaves others out. What has to be read is the same.
 UNLIKE = {
     "byzfl": ("krum", "multi_krum", "geometric_median"),
     "flower": ("krum", "multi_krum", "bulyan"),
 }
 TOLERANCE = 1e-4  # relative, of results that have to agree
-ONCE = {"centered_clipping_once": ("centered_clipping", {"num_iterations": 1})}  # sides that are a rule with settings
+SETTINGS = {"centered_clipping_once": ("centered_clipping", {"num_iterations": 1})}  # sides that are a rule set so
 ROWS = ("nnm", "arc")  # wrappers, which are timed around the trimmed mean where nothing else is said
 SHARE_BYZANTINE = 5  # one client in five
 # Tensors of a small convolutional network, as shares of D: spectra are taken tensor by tensor.
@@ -192,8 +193,8 @@ def rows_side(name: str, cohort: Cohort) -> harness.Side:
 
 
 def _rule(name: str, cohort: Cohort) -> Any:
-    if name in ONCE:
-        rule, settings = ONCE[name]
+    if name in SETTINGS:
+        rule, settings = SETTINGS[name]
         return build_rule(rule, **settings)
     outer, _, inner = name.partition("+")
     told: dict[str, Any] = {"num_byzantine": _byzantine(cohort)}

@@ -150,7 +150,7 @@ def machine() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("fedsim", "torch", "numpy", "flwr")},
+        "versions": {name: _version(name) for name in ("fedsim", "torch", "numpy", "flwr", "llvmlite")},
         "commit": commit or None,
         "changed_files": len(_git("status", "--porcelain", "--untracked-files=no").splitlines()),
         "load": os.getloadavg() if hasattr(os, "getloadavg") else None,

@@ -55,7 +55,7 @@ class Machine:
 
         Args:
             values: rows of neighbouring columns.
-            offsets: (count,) int64, where the rows that count begin, in entries from the first of `values`.
+            offsets: (num_rows,) int64, where the rows that count begin, in entries from the first of `values`.
             out: (d,), contiguous.
 
         """
@@ -81,7 +81,7 @@ def machine(statistic: Statistic, dtype: torch.dtype, columns: int) -> Machine |
     key = statistic, dtype
     with _lock:
         if key not in _made:
-            _asked[key] += statistic.count * columns
+            _asked[key] += statistic.num_rows * columns
             if _asked[key] < WORTH or _llvm() is None:
                 return None
             try:
@@ -132,7 +132,7 @@ class _Code:
 
     def function(self, statistic: Statistic) -> str:
         """Return void statistic(rows, offsets, out, columns)."""
-        wires = self.read(statistic.count)
+        wires = self.read(statistic.num_rows)
         spoilt = self.spoilt(wires)
         for i, j, smaller, larger in statistic.comparators:
             a, b = wires[i], wires[j]

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedsim import place
 from fedsim.mapped import Mapped, Rows, source_of
 from fedsim.mapped import mapped as mapped
-from fedsim.place import blocks, elsewhere, full_precision
+from fedsim.place import blocks, each, elsewhere, full_precision, threads_for
 from fedsim.place import map_columns as map_columns
 from fedsim.products import BLOCK, inner_products, square_distances_to
 
@@ -235,7 +235,11 @@ def square_norms(updates: Rows) -> Tensor:
             total += torch.linalg.vecdot(block, block)
         return total
     if updates.device.type == "cpu" and len(updates):
-        return torch.stack([torch.dot(row, row) for row in updates])  # (K,) vecdot writes all products first
+        threads = threads_for(updates.device) if updates.shape[1] >= BLOCK else 1
+        some = -(-len(updates) // threads)  # whole rows: no sum hangs on how many threads there are
+        parts = [updates[first : first + some] for first in range(0, len(updates), some)]
+        dots = each(lambda rows: [torch.dot(row, row) for row in rows], parts, threads)
+        return torch.stack([square for part in dots for square in part])  # (K,) vecdot writes all products first
     squares: Tensor = torch.linalg.vecdot(updates, updates)  # (K,)
     return squares
 

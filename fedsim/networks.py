@@ -14,9 +14,9 @@ Comparator: TypeAlias = tuple[int, int, bool, bool]  # two wires; whether the sm
 
 
 class Statistic(NamedTuple):
-    """What is made of the values in a column: of `count` values those of the ranks low … high − 1, from 0."""
+    """What is made of the values in a column: of `num_rows` values those of the ranks low … high − 1, from 0."""
 
-    count: int
+    num_rows: int
     low: int
     high: int
     ordered: bool  # whether the ranks are told apart
@@ -26,7 +26,7 @@ class Statistic(NamedTuple):
     @property
     def comparators(self) -> tuple[Comparator, ...]:
         """The network that finds the ranks."""
-        return network(self.count, self.low, self.high, self.ordered)
+        return network(self.num_rows, self.low, self.high, self.ordered)
 
 
 def merge_exchange(first: int, count: int) -> list[tuple[int, int]]:

@@ -143,7 +143,7 @@ def _reduce(rows: Rows, statistic: Callable[[int], Statistic], chosen: Tensor | 
     result = beside(source).new_empty(source.shape[1])  # (D,)
     index = None if chosen is None else torch.nonzero(chosen.to(result.device)).flatten()  # (k,)
     wanted = statistic(len(rows) if index is None else len(index))
-    few, on_cpu = wanted.count <= NETWORK, result.device.type == "cpu"
+    few, on_cpu = wanted.num_rows <= NETWORK, result.device.type == "cpu"
     width = (WIDTH if few else SORT_WIDTH) if on_cpu else DEVICE_WIDTH
     code = machine(wanted, result.dtype, len(result)) if few and on_cpu and source.stride(1) == 1 else None
 
@@ -190,7 +190,7 @@ class _Workspace:
                 values = values if index is None else values[index]
             else:
                 values = values if index is None else values[index]
-                if self.statistic.count <= NETWORK:
+                if self.statistic.num_rows <= NETWORK:
                     out.copy_(self.finished(self.ordered(values)))
                     if not bool(out.sum().isnan()):
                         return

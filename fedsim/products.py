@@ -112,7 +112,8 @@ def square_distances_to(vector: Tensor, updates: Tensor, dtype: torch.dtype | No
     def part(given: tuple[slice, Tensor]) -> Tensor:
         columns, block = given
         total = home.new_zeros(len(updates), dtype=torch.float64)  # (K,)
-        for x, v in zip(block.split(PRODUCT, 1), vector[columns].split(PRODUCT), strict=True):
+        for first in range(0, block.shape[1], PRODUCT):
+            x, v = block[:, first : first + PRODUCT], vector[columns][first : first + PRODUCT]
             away = x.to(dtype) - v.to(dtype)  # (K, d)
             if not by_numpy(home.device, dtype):
                 total += torch.linalg.vecdot(away, away)

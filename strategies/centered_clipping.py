@@ -59,9 +59,11 @@ class CenteredClipping:
 
     def __call__(self, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
         """Return v (D,); the share of clients that the last step clipped is a metric."""
-        rows = cohort.matrix
-        direct = isinstance(rows, Tensor) and len(rows) > GRAM * (self.num_iterations - 1)
-        delta, factor = (self._direct if direct else self._by_gram)(rows, self._origin(cohort, state))  # (D,), (K,)
+        rows, origin = cohort.matrix, self._origin(cohort, state)  # (K, D), (D,)
+        if isinstance(rows, Tensor) and len(rows) > GRAM * (self.num_iterations - 1):
+            delta, factor = self._direct(rows, origin)  # (D,), (K,)
+        else:
+            delta, factor = self._by_gram(rows, origin)
         memory = {"previous": delta} if self.start == "state" else state
         return delta, memory, {"clipped_fraction": (factor < 1).double().mean()}
 
