@@ -27,6 +27,9 @@ WORTH = 1 << 26
 REGISTER = 32
 """Bytes of a register: AVX's, also where there are longer ones."""
 
+OLDEST = 16
+"""The first LLVM whose pointers have no type; llvmlite 0.45 has 20."""
+
 KINDS = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -100,6 +103,8 @@ def _llvm() -> Any:
     try:
         import llvmlite.binding as llvm
     except (ImportError, OSError):  # not installed, or its library does not load
+        return None
+    if llvm.llvm_version_info[0] < OLDEST:
         return None
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
