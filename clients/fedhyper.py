@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -161,5 +162,9 @@ def _sent(names: list[str], context: Context) -> list[Tensor]:
     previous = context.broadcast.get("previous")
     if previous is None:
         return []
-    parts = dict(zip(context.layout.names, previous.split_with_sizes(context.layout.sizes, -1), strict=True))
-    return _parts([parts[name] for name in names])
+    places = [context.layout.slices[name] for name in names]
+    many = [previous.narrow(-1, p.start, p.stop - p.start) for p in places if p.stop - p.start > FEW]
+    few = [p for p in places if p.stop - p.start <= FEW]
+    if few and all(p.stop == q.start for p, q in pairwise(few)):  # neighbours lie in one piece already
+        return [*many, previous.narrow(-1, few[0].start, few[-1].stop - few[0].start)]
+    return [*many, *_parts([previous.narrow(-1, p.start, p.stop - p.start) for p in few])]

@@ -554,3 +554,14 @@ def test_an_alias_is_of_a_value_and_not_of_memory_that_moves():
 def test_a_run_knows_beforehand_what_its_rule_sends(tmp_path):
     result = simulate("strategy=scaffold", num_rounds=2, folder=tmp_path / "run")
     assert "captured" in str(result.summary["plan"]["engine_arguments"])
+
+
+def test_nobody_computes_a_tensor_for_its_dtype_alone():
+    def step(given):
+        a, b, rate = given
+        return [a.mm(b).new_ones(()) + rate, a.mm(b).new_zeros(3)]
+
+    program = record(step, [torch.ones(3, 3).double(), torch.ones(3, 3).double(), torch.tensor(2.0).double()])
+    given = [torch.zeros(3, 3).double(), torch.zeros(3, 3).double(), torch.tensor(5.0).double()]
+    assert "mm" not in program.body
+    assert [value.tolist() for value in program(given)] == [6.0, [0.0] * 3]

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedsim.engine.deferred import Deferral, crossed, deferred, met, sampled
 from fedsim.engine.factors import Factors, entries, factored, products
 from fedsim.engine.operations import Op, Ref, aten, each, read
-from fedsim.engine.rewrite import ahead, biases, early, into_place, live, ones, without_aliases
+from fedsim.engine.rewrite import ahead, biases, early, into_place, live, ones, unread, without_aliases
 
 _NAME = re.compile(r"\bv\d+\b")  # of a value
 
@@ -161,7 +161,7 @@ def record(
     recorder = Recorder(inputs)
     with recorder:
         results = [recorder.known(result) for result in function(inputs)]
-    ops, results = without_aliases(recorder.ops, results)
+    ops, results = without_aliases(unread(recorder.ops, inputs), results)
     ops = early(live(biases(into_place(live(ops, results), results)), results))
     first = len(inputs) - carried
     asked = {number - first for number in entries(ops, results, range(first, len(inputs)))}

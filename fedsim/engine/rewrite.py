@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedsim.engine.operations import Op, Ref, aten, bases, each, read
 
@@ -152,6 +155,20 @@ def ones(ops: list[Op], results: list[Any]) -> list[Op]:
 
     left = [op for op in ops if op.function is not aten.ones_like.default or op.outs[0] not in made]
     return [op._replace(args=each(constant, op.args), kwargs=each(constant, op.kwargs)) for op in left]
+
+
+def unread(ops: list[Op], inputs: Sequence[Tensor]) -> list[Op]:
+    """Let what is made in a tensor's dtype, of none of its values, be made in that of the smallest input.
+
+    Nobody then computes the tensor for its dtype alone.
+    """
+    given = [Ref(k, tuple(tensor.shape), tensor.dtype) for k, tensor in enumerate(inputs)]
+    kinds = {value.dtype: value for value in sorted(given, key=lambda value: -math.prod(value.shape))}
+    return [
+        op._replace(args=(kinds.get(op.args[0].dtype, op.args[0]), *op.args[1:]))
+        if op.function in (aten.new_ones.default, aten.new_zeros.default) else op
+        for op in ops
+    ]  # fmt: skip
 
 
 def _subtracts(op: Op) -> bool:

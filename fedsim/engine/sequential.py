@@ -227,8 +227,9 @@ class Sequential:
         moving = places(now)
         draws = self._dropout or self._of_batch  # which may hold a dropout too
         writes, free, optimizer = update.optimizer.writes, update.free, update.optimizer
+        state = context.step_state
         for step, (x, y) in enumerate(self._batches(plan, row, keys)):
-            context = _at(context, step)
+            context = _at(context, step, state)
             if draws:
                 with torch.enable_grad(), dropout_key(fold_in(fold_in(context.key, plan.number), step)):
                     loss = self._loss(x, y, context)
@@ -243,13 +244,13 @@ class Sequential:
                 update.constrain(grads)
             if direction is not None:
                 named = dict(zip(plan.moving, grads, strict=True))
-                turned, step_state = direction(named, now, context)
-                context = _at(context, step, kept(step_state, moving))
+                turned, state = direction(named, now, context)
+                state = kept(state, moving)
                 if turned is not named or writes:
                     turned = turned if writes else kept(turned, moving)
                     grads = [turned[n].clone() if writes else turned[n] for n in plan.moving]
-            optimizer.step(grads, scale=context.step_state.get("lr_scale"))
-        return context
+            optimizer.step(grads, scale=state.get("lr_scale"))
+        return _at(context, context.step, state)
 
     def _loss(self, x: Tensor, y: Tensor, context: Context) -> Tensor:
         if self._of_batch:
@@ -298,13 +299,10 @@ class Sequential:
                 yield pair
 
 
-def _at(context: Context, step: int, step_state: Mapping[str, Tensor] | None = None) -> Context:
+def _at(context: Context, step: int, step_state: Mapping[str, Tensor]) -> Context:
     """Return the context of a step (`dataclasses.replace` costs five times as much)."""
     new = object.__new__(Context)
-    new.__dict__.update(context.__dict__)
-    new.__dict__["step"] = step
-    if step_state is not None:
-        new.__dict__["step_state"] = step_state
+    new.__dict__.update(context.__dict__, step=step, step_state=step_state)
     return new
 
 
