@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class EF21(LinearRule):
         weighted: EF21-W.
         alpha: a in (0, 1], the compressor's contraction: k/D of top-k.
         participation: p in (0, 1], the share of the clients in a round.
-        client_lr: lr > 0 of the clients' one step.
+        client_lr: lr > 0 of the clients' one step, the same in all rounds.
 
     Raises:
         ValueError: an argument out of its range, or a step or weights without the smoothness they need.
@@ -84,6 +85,7 @@ class EF21(LinearRule):
     client_lr: float = 1.0
 
     half_of = "strategy=ef21 compressor=ef21"
+    needs = ("local_training",)
 
     def __post_init__(self) -> None:
         if self.step not in STEPS:
@@ -103,6 +105,20 @@ class EF21(LinearRule):
                 raise ValueError(f"EF21 needs {name} in (0, 1], got {getattr(self, name)}")
         if not self.client_lr > 0:
             raise ValueError(f"EF21 needs client_lr > 0, got {self.client_lr}")
+
+    def bind(self, local_training: Any) -> EF21:
+        """Return the rule itself.
+
+        Raises:
+            ValueError: a step by theory for clients whose rate decays: G holds messages of several rates.
+
+        """
+        if self.step != "manual" and local_training.lr_decay != 1:
+            raise ValueError(
+                f"EF21's step={self.step} is for clients of a constant rate, and client.lr_decay="
+                f"{local_training.lr_decay}; choose client.lr_decay=1 or step=manual"
+            )
+        return self
 
     @property
     def rate(self) -> float:

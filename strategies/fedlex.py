@@ -68,15 +68,16 @@ class FedLEx(Wrapper):
         """What clients do locally, and what the inner rule wants to know."""
         return tuple(dict.fromkeys(("local_training", *getattr(self.rule, "needs", ()))))
 
-    def bind(self, **values: Any) -> FedLEx:
-        """Return the same rule around a bound one."""
-        training, inner = values["local_training"], getattr(self.rule, "needs", ())
-        if training.optimizer != "sgd":
+    def bind(self, *, local_training: Any = None, **values: Any) -> FedLEx:
+        """Return the same rule around a bound one; a run binds what it knows in several calls."""
+        if local_training is not None and local_training.optimizer != "sgd":
             raise ValueError(
-                f"FedLEx scales gradients, which client.optimizer={training.optimizer} undoes; sgd does not"
+                f"FedLEx scales gradients, which client.optimizer={local_training.optimizer} undoes; sgd does not"
             )
-        rule: Any = self.rule
-        return replace(self, rule=rule.bind(**{name: values[name] for name in inner}) if inner else rule)
+        if local_training is not None and "local_training" in getattr(self.rule, "needs", ()):
+            values["local_training"] = local_training
+        inner: Any = self.rule
+        return replace(self, rule=inner.bind(**values)) if values else self
 
     def memory(self, layout: Layout) -> State:
         """Return G = 1 (D,), and that nobody has explored."""

@@ -21,6 +21,7 @@ from fedsim.compress.top_k import TopK
 from fedsim.errors import UserError
 from fedsim.laws import cohort_of
 from fedsim.layout import Layout
+from fedsim.local import LocalTraining
 from fedsim.strategies.ef21 import EF21, step_size, xi
 from fedsim.uplink import Uplink
 
@@ -207,6 +208,17 @@ def test_ef21s_constants_by_hand():
     assert math.isclose(step_size(smoothness, 0.5, step="old", whole=20.0), 1 / (20 + root * xi(0.5)))
     rule = EF21(step="new", smoothness=smoothness, alpha=0.5, participation=0.2, client_lr=0.1)
     assert math.isclose(rule.rate, step_size(smoothness, 0.1, step="new") / 0.1)
+
+
+def test_a_step_by_theory_is_for_clients_of_a_constant_rate():
+    rule = EF21(step="new", smoothness=(1.0,))
+    assert rule.bind(local_training=LocalTraining()) is rule
+    decaying = LocalTraining(lr_decay=0.9)
+    assert EF21().bind(local_training=decaying) == EF21()
+    with pytest.raises(ValueError, match=r"client\.lr_decay=0\.9"):
+        rule.bind(local_training=decaying)
+    with pytest.raises(UserError, match=r"client\.lr_decay=0\.9"):
+        simulate("strategy=ef21", "strategy.step=old", "strategy.smoothness=[1.0,1.0]", "client.lr_decay=0.9")
 
 
 class Quadratics:

@@ -5,6 +5,7 @@ nothing of rules, objectives or contexts. Tolerance 1e-10: engines sum the same 
 """
 
 import copy
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -29,6 +30,7 @@ from fedsim.errors import UserError
 from fedsim.laws import cohort_of
 from fedsim.local import LocalTraining
 from fedsim.loop import Loop
+from fedsim.strategies.dp_fedavg import DPFedAvg
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.feddyn import FedDyn
 from fedsim.strategies.fedhyper import FedHyperCL, FedHyperG, FedHyperSL
@@ -343,6 +345,14 @@ def test_fedlex_around_another_rule_whose_memory_begins_in_the_second_round(tmp_
     loop = start(tmp_path, FedLEx(rule=inner, guide="mean", even=True), FedLExClient())
     plain = start(tmp_path, inner, CrossEntropy())
     np.testing.assert_allclose(models(loop, 4)[1:], models(plain, 3), **EXACT)  # G = 1
+
+
+@pytest.mark.parametrize("inner", [FedNova(), DPFedAvg(max_norm=10.0, noise_multiplier=0.0)])
+def test_fedlex_around_rules_that_a_run_binds(tmp_path, inner):
+    loop = start(tmp_path, FedLEx(rule=inner), FedLExClient(), momentum=0.9)
+    assert len(models(loop, 2)) == 3
+    bound = loop.experiment.strategy.rule
+    assert bound == (replace(inner, momentum=0.9) if isinstance(inner, FedNova) else inner)
 
 
 def test_fedlex_refuses_clients_that_undo_it(tmp_path):
