@@ -7,6 +7,8 @@ from typing import Self
 
 import torch
 
+from fedsim import heap
+
 
 class Peak:
     """Measures the peak of memory while it is entered, beyond what was held before.
@@ -29,6 +31,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before: int | None = torch.cuda.memory_allocated(self.device)
         else:
+            heap.give_back()  # what is kept would not count when it is taken again
             self._before = _resident("VmRSS") if _forget_peak() else None
         return self
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim import heap
 from fedsim.contracts import Cohort, Streamed, Sums
 from fedsim.engine import apart
 from fedsim.engine.blocks import concatenate, merge, select
@@ -53,6 +54,7 @@ class Trainer:
         self, engine: Engine, on_bad_update: str = "drop", on_client_error: str = "raise", *, block: int | None = None,
         changes: list[Change] | None = None, hosted: Hosted | None = None,
     ) -> None:  # fmt: skip
+        heap.keep()
         self.engine, self.task, self.hosted = engine, engine.task, hosted
         self.on_bad_update, self.on_client_error = on_bad_update, on_client_error
         self.bad: list[int] = []  # clients of the last job whose rows were not finite
