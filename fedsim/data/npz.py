@@ -82,14 +82,14 @@ def _inputs(file: Path, train: npt.NDArray[Any], test: npt.NDArray[Any]) -> Tens
     kind = train.dtype.kind
     if kind not in "fiub":
         raise UserError(f"{file}: x_train must be numbers, got {train.dtype}")
-    target = np.float32 if kind in "fb" or train.dtype == np.uint8 else np.int64
-    x = np.empty((len(train) + len(test), *train.shape[1:]), dtype=target)  # (N, …)
+    target = torch.float32 if kind in "fb" or train.dtype == np.uint8 else torch.int64
+    # torch's memory, of small pages: NumPy asks for large ones, which a system may first have to put together.
+    x = torch.empty((len(train) + len(test), *train.shape[1:]), dtype=target)  # (N, …)
     for given, place in ((train, x[: len(train)]), (test, x[len(train) :])):
+        place.numpy()[...] = given
         if train.dtype == np.uint8:
-            np.divide(given, np.float32(255), out=place)
-        else:
-            place[...] = given
-    return torch.from_numpy(x)
+            place.div_(255)
+    return x
 
 
 def _clients(
