@@ -4,7 +4,7 @@ A round's cost is that of its programs (a step of one client, or of all rows of 
 operations in them, and of the parameters and products of each client's step. A recurrent layer reads its weights again
 for every token, in forward and backward, and autograd writes a gradient each time and adds it to the others: six passes
 over the weights; kernels that move them in one product at the end do two. The unit costs were fitted to CPU
-times of 90 drawn situations (eight kinds of model, cohorts of 2 to 300, plain SGD, momentum, clipping, AdamW) on one
+times of 104 drawn situations (eight kinds of model, cohorts of 2 to 300, plain SGD, momentum, clipping, AdamW) on one
 core of an AMD EPYC, and are half of what it took while it was busy with other work; on another processor they scale
 more or less together, and what matters here are their ratios. Nothing is timed in a run: equal shapes, equal choice.
 """
@@ -49,15 +49,16 @@ class Cost(NamedTuple):
 
 
 COSTS = {
-    "sequential": Cost(60.0, 95.0, 20.0, 135.0, 0.95e-3, 1.0e-3, 0.18e-3, 34e-6, 60e-6, 1.2e-3),
-    "captured": Cost(35.0, 16.0, 0.95, 125.0, 0.45e-3, 0.8e-3, 0.18e-3, 27e-6, 50e-6, 1.15e-3),
-    "fused": Cost(4.6, 340.0, 13.5, 0.0, 1.0e-3, 0.65e-3, 0.37e-3, 33e-6, 225e-6, 1.2e-3),
-    "generic": Cost(2.5, 850.0, 44.0, 180.0, 1.35e-3, 0.65e-3, 0.39e-3, 30e-6, 100e-6, 1.25e-3),
+    "sequential": Cost(58.0, 98.0, 20.0, 140.0, 0.97e-3, 0.71e-3, 0.16e-3, 31e-6, 54e-6, 1.1e-3),
+    "captured": Cost(36.0, 11.0, 0.83, 130.0, 0.47e-3, 0.51e-3, 0.15e-3, 26e-6, 48e-6, 1.0e-3),
+    "fused": Cost(4.7, 350.0, 13.0, 0.0, 1.0e-3, 0.54e-3, 0.25e-3, 28e-6, 240e-6, 1.1e-3),
+    "generic": Cost(2.5, 880.0, 44.0, 190.0, 1.3e-3, 0.50e-3, 0.29e-3, 28e-6, 90e-6, 1.2e-3),
 }
 
 
 PASSES = 6  # of autograd for a weight's every further use: two readings, a gradient written, and added (2 in, 1 out)
-MEMORIES = {"momentum": 1, "clip_norm": 1, "adamw": 4}  # passes over the parameters, see `Cost.memory`
+# Of an optimiser beside plain SGD: passes over the parameters, see `Cost.memory`, and operations on each tensor.
+BESIDE = {"momentum": (1, 2), "clip_norm": (1, 3), "adamw": (4, 9)}
 
 
 class Shapes(NamedTuple):
@@ -70,7 +71,7 @@ class Shapes(NamedTuple):
     steps: np.ndarray[tuple[int], np.dtype[np.int64]]  # of the clients that can be sampled (P,)
     cohort: int
     threads: int
-    recorded: int = 0  # operations of a forward and its backward
+    recorded: int = 0  # operations of a forward, its backward and the optimiser's step, one tensor after another
     calls: int = 0  # convolutions of a forward that oneDNN does
     memories: int = 0  # passes of the optimiser over its parameters beside that of plain SGD
     entries: float = 0.0  # that a batch's forward writes
@@ -95,6 +96,7 @@ def shapes(task: Task, cohort: int, threads: int) -> Shapes:
             products = _Counter(dict(module.named_parameters()))
             products.forward(module, task.x[:2])  # a model that asks what its layers are: engines will say so
             count, unrolled_operations = products, products.operations
+    memories, updates = _beside(task.training)
     num, calls = len(task.x[:2]), count.calls if task.dtype == torch.float32 else 0
     return Shapes(
         parameters=task.shared.size + task.local.size,
@@ -104,9 +106,9 @@ def shapes(task: Task, cohort: int, threads: int) -> Shapes:
         steps=steps,
         cohort=cohort,
         threads=threads,
-        recorded=both.operations,
+        recorded=both.operations + len(params) * (1 + updates),
         calls=calls,
-        memories=_memories(task.training),
+        memories=memories,
         entries=count.entries / num * batch,
         again=PASSES * count.again(count.reads),
         fused=_fused(task),
@@ -144,13 +146,14 @@ def microseconds(engine: str, given: Shapes, chunk: int = 1) -> float:
     return float(total / side_by_side)
 
 
-def _memories(training: LocalTraining) -> int:
-    """Count what an optimiser does beside plain SGD, in passes over the parameters."""
+def _beside(training: LocalTraining) -> tuple[int, int]:
+    """Return what an optimiser does beside plain SGD: passes over its parameters, and operations on a tensor."""
     used = {
-        "momentum": training.momentum, "clip_norm": training.clip_norm is not None,
+        "momentum": training.momentum > 0, "clip_norm": training.clip_norm is not None,
         "adamw": training.optimizer == "adamw",
     }  # fmt: skip
-    return sum(MEMORIES[name] for name, value in used.items() if value)
+    counts = [BESIDE[name] for name, value in used.items() if value]
+    return sum(passes for passes, _ in counts), sum(operations for _, operations in counts)
 
 
 def _fused(task: Task) -> tuple[int, int] | None:
