@@ -1,12 +1,14 @@
 r"""FedHyper-CL's client: each client's rate follows the inner products of its own consecutive steps.
 
 Wang et al., ICLR 2024, eq. 20. https://arxiv.org/abs/2310.03156 (the server's side is `strategies/fedhyper.py`).
-The factor m on lr is 1 in a round's first step. With g_k the gradient of step k and Δ the server's last step:
+The factor m on lr is 1 in a round's first step. With g_k the gradient of step k, Δ the server's last step and K how
+many took part in it:
     additive         m ← clip(m + κ (⟨g_k, g_{k−1}⟩ − (c/K) ⟨g_k, Δ⟩), m_min, m_max),   then the step with m · lr
     multiplicative   m ← clip(m · min(1.1, 1 + κ (⟨d_k, d_{k−1}⟩ + (c/K) ⟨d_k, Δ⟩)), m_min, m_max)
 Additive is the paper's form, c = 1, with its rate taken relative to lr. Multiplicative is the released code's
 (ATP-1010/FedHyper, `update.py`), c = 0.1, on whole steps d of the optimiser: the step after d_k takes m · lr, d_0 is
 passed over, and d_1's predecessor is Δ. The code passes over the first batch of later local epochs too; here not.
+That the paper's rate starts anew each round, and that its K counts participants, both as in the code, is our reading.
 A cosine in the place of a product (`normalize`) is not in the paper.
 """
 
@@ -27,7 +29,7 @@ from fedsim.linalg import dot
 
 NORMALIZE = ("none", "cosine")
 RECURRENCES = ("additive", "multiplicative")
-_LAST, _POSITION = "hyper_last", "hyper_position"  # of the step state
+_LAST, _POSITION, _SCALE = "hyper_last", "hyper_position", "hyper_scale"  # of the step state
 FEW = 1 << 12  # entries of a tensor whose product with another costs less than to ask for it
 GROWTH = 1.1  # bound of the released code on what one step may multiply m by
 PRESETS: dict[str, dict[str, Any]] = {
@@ -81,17 +83,21 @@ class FedHyper(Wrapper):
     def direction(
         self, grads: Params, params: Mapping[str, Tensor], context: Context
     ) -> tuple[Params, dict[str, Tensor]]:
-        """Return the objective's own direction, and m for this step."""
+        """Return the objective's own direction, and m for this step, times the objective's own factor on its rate."""
         grads, state = self.inner_direction(grads, params, context)
         names = [name for name in grads if name in context.layout.slices]
         if not names:  # a phase that moves personal parameters alone
             return grads, state
         if self.recurrence == "additive":
-            return grads, {**state, **self._additive(_parts([grads[name] for name in names]), names, context)}
-        return grads, {**state, **self._multiplicative(_parts([params[name] for name in names]), names, context)}
+            own = self._additive(_parts([grads[name] for name in names]), names, context)
+        else:
+            own = self._multiplicative(_parts([params[name] for name in names]), names, context)
+        if "lr_scale" in state:  # of the objective, such as 0 in a pass that goes nowhere
+            return grads, {**state, **own, _SCALE: own["lr_scale"], "lr_scale": own["lr_scale"] * state["lr_scale"]}
+        return grads, {**state, **own}
 
     def finish(self, params: Params, context: Context) -> tuple[Mapping[str, Tensor], dict[str, Tensor], Any]:
-        """Return what the objective returns, and upload the last step's m as `lr_scale`."""
+        """Return what the objective returns, and upload the m of the last phase's last step as `lr_scale`."""
         state, extras, weight = self.inner_finish(params, context)
         return state, {**extras, "lr_scale": _scale(next(iter(params.values())), context)}, weight
 
@@ -145,7 +151,7 @@ def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
 
 def _scale(like: Tensor, context: Context) -> Tensor:
     """Return m () of the last step, 1 before the first."""
-    scale: Tensor | None = context.step_state.get("lr_scale")
+    scale: Tensor | None = context.step_state.get(_SCALE, context.step_state.get("lr_scale"))
     return like.new_ones(()) if scale is None else scale
 
 

@@ -11,7 +11,9 @@ The paper clips at γ = 3 (its eq. 16) and γ = 10 (eq. 18); that the intervals 
 Departs from the paper: SL's rate is relative to lr, as in the released code (h has no unit, a rate of 0.01 has).
 Departs from the code (ATP-1010/FedHyper), where `preset="reference"` does not say otherwise: its SL rebuilds the
 rates from lr each round, so that they never reach a client, and lets the sum run on beyond the bounds; updates are
-averaged unweighted; its "GM" is G around `FedAvg(server_momentum=0.9)` here, with α on all of the velocity.
+averaged unweighted. Its "GM", α Δᵗ + 0.9 (α − 1) Mᵗ⁻¹ with α in [0.8, 5], Mᵗ = Δᵗ + 0.9 Mᵗ⁻¹ and h = ⟨Δᵗ, Mᵗ⁻¹⟩, is not
+here; the nearest is G around `FedAvg(server_momentum=0.9)`, with h and α of the velocity.
+A round in which nobody answers changes nothing: Δᵗ⁻¹ and K are those of the last one in which somebody did.
 """
 
 from __future__ import annotations

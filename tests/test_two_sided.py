@@ -5,6 +5,7 @@ nothing of rules, objectives or contexts. Tolerance 1e-10: engines sum the same 
 """
 
 import copy
+import shutil
 from dataclasses import replace
 from functools import cache
 
@@ -669,8 +670,10 @@ def test_kappa_0_is_fedavg_to_the_bit(tmp_path, engine, rule):
         np.testing.assert_array_equal(hyper, models(start(tmp_path, FedAvg(), CrossEntropy(), **training), 3))
 
 
-def test_fedhyper_g_around_cl_is_both(tmp_path):
-    loop = start(tmp_path, FedHyperG(rule=FedHyperCL(), kappa=0.5), FedHyperClient())
+@pytest.mark.parametrize("engine", ["sequential", "captured", "fused", "generic"])
+def test_fedhyper_g_around_cl_is_both(tmp_path, engine):
+    kind = ("sequential", ()) if engine == "sequential" else ("vectorized", (f"engine.kernels={engine}",))
+    loop = start(tmp_path, FedHyperG(rule=FedHyperCL(), kappa=0.5), FedHyperClient(), engine=kind[0], extra=kind[1])
     got = models(loop, 3)
     w, previous, participants, alpha = first(), np.zeros(16), 1, 1.0
     for t in range(1, 4):
@@ -680,6 +683,23 @@ def test_fedhyper_g_around_cl_is_both(tmp_path):
         alpha = min(max(alpha + 0.5 * (delta @ previous), 1 / 3), 3)
         w, previous, participants = w + alpha * delta, delta, 4
         np.testing.assert_allclose(got[t], w, **EXACT)
+
+
+def test_fedhypers_rates_go_on_where_a_run_was_cut_off(tmp_path):
+    rule, client = FedHyperSL(rule=FedHyperG(rule=FedHyperCL())), FedHyperClient()
+    whole, cut, resumed = (start(tmp_path, rule, client, plan=SOME, lr=0.1) for _ in range(3))
+    models(whole, 4)
+    models(cut, 2)
+    cut.save()
+    shutil.copytree(cut.folder, resumed.folder, dirs_exist_ok=True)
+    resumed.load()
+    inner = resumed.strategy.state["rule"]
+    assert float(resumed.strategy.state["rate"]) != 1 != float(inner["rate"])
+    assert inner["rule"]["num_participants"] == len(SOME[2])
+    for t in (3, 4):
+        resumed.step(t)
+    assert torch.equal(resumed.weights, whole.weights)
+    assert float(resumed.strategy.state["rate"]) == float(whole.strategy.state["rate"])
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -726,10 +746,23 @@ def test_fedhyper_cl_wraps_any_objective(tmp_path, engine):
     margin = Margin(margin_lambda=0.3)
     got = models(start(tmp_path, FedHyperCL(), FedHyperClient(objective=margin, kappa=0), engine=engine), 2)
     np.testing.assert_allclose(got, models(start(tmp_path, FedAvg(), margin, engine=engine), 2), **EXACT)
-    inside = FedHyperClient(objective=ScaffoldClient(), kappa=0)
-    got = models(start(tmp_path, FedHyperCL(rule=Scaffold()), inside, engine=engine, plan=SOME), 4)
-    plain = models(start(tmp_path, Scaffold(), ScaffoldClient(), engine=engine, plan=SOME), 4)
-    np.testing.assert_allclose(got, plain, **EXACT)
+    # and where the objective has a factor of its own on the rate: the last passes of these go nowhere
+    for rule, inner in ((Scaffold(), ScaffoldClient()), (Scaffold(), ScaffoldI()), (QFedAvg(), QFedAvgClient())):
+        inside = FedHyperClient(objective=inner, kappa=0)
+        got = models(start(tmp_path, FedHyperCL(rule=rule), inside, engine=engine, plan=SOME), 4)
+        plain = models(start(tmp_path, rule, inner, engine=engine, plan=SOME), 4)
+        np.testing.assert_allclose(got, plain, **EXACT)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("preset", ["paper", "reference"])
+def test_fedhypers_factor_multiplies_the_objectives_own(tmp_path, engine, preset):
+    # a quarter of the rate by the objective is a quarter of the rate: m is the same either way
+    client = FedHyperClient(objective=Constant(), preset=preset)
+    got = models(start(tmp_path, FedHyperCL(), client, engine=engine, plan=SOME), 4)
+    plain = start(tmp_path, FedHyperCL(), FedHyperClient(preset=preset), engine=engine, plan=SOME, lr=LR / 4)
+    np.testing.assert_allclose(got, models(plain, 4), **EXACT)
+    assert any(plain.backend.cohort.extras["lr_scale"] != 1)
 
 
 def test_fedhyper_g_wraps_rules_with_wishes(tmp_path):
