@@ -52,6 +52,8 @@ class Ditto:
         """Return the gradients, the personal model's with λ (v − w_received)."""
         return {name: self._pulled(name, grad, params, context) for name, grad in grads.items()}, {}
 
+    adapt_direction = direction  # who joins late, or adapts for an evaluation, is pulled likewise
+
     def untrained(self, params: Params) -> Params:
         """Return the global model in the personal one's place, for a client that never trained one."""
         return {f"personal.{name.removeprefix('shared.')}": value for name, value in params.items()}

@@ -3,6 +3,7 @@ r"""FedRep's client: the head alone until it fits the representation, then the r
 Collins et al., ICML 2021, Algorithm 1. https://arxiv.org/abs/2102.07078 (the server is `strategies/fedper.py`).
     h_k ← GRD(L_k(φ, ·), h_k) for `head_epochs`,   then φ_k ← GRD(L_k(·, h_k), φ) for `body_epochs`
 Its experiments take 10 epochs for the head and 1 to 5 for the representation.
+Departs from the paper: there the server takes the plain mean of the φ_k, here one weighted by samples, as FedPer's.
 """
 
 from __future__ import annotations
@@ -44,8 +45,7 @@ class FedRep:
 
     def phases(self) -> tuple[Phase, ...]:
         """Return the head's phase and the representation's."""
-        # (?s:^(?!.*…)) holds for the names in which the head's pattern is found nowhere
-        body = rf"^(?!{self.head[1:]})" if self.head.startswith("^") else rf"^(?!.*(?:{self.head}))"
+        body = rf"^(?!.*(?:{self.head}))"  # the names in which the head's pattern is found nowhere
         return (
             Phase(local_epochs=self.head_epochs, params=self.head),
             Phase(local_epochs=self.body_epochs, params=body),

@@ -276,6 +276,8 @@ class Objective(Protocol):
         phases() -> tuple[Phase, …]               parts of the local round; `context.phase` counts them
         untrained(shared params) -> {name: Tensor}        personal parameters that a client is tested with which never
                                                   trained, from the server's model; the initial model's unless given
+        adapt_direction(grads, params, context) -> …      as `direction`, in the local steps before an evaluation
+                                                  (`metrics.finetune_steps`); the gradient itself unless given
         half_of: str                              as a rule's
     """
 

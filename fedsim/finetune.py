@@ -1,6 +1,7 @@
 """Evaluation after a few local steps: what the model is worth to a client that adapts it to itself.
 
-Where models have personal parameters, these alone are adapted; else the whole model is. A client that trains adapts
+Where models have personal parameters, these alone are adapted; else the whole model is. The steps are those of the
+cross-entropy, which an objective may turn: Ditto holds personal models near the global one. A client that trains adapts
 on its own training samples; a held-out one, all of whose samples are for testing, on a half that is then not tested.
 Nothing that is adapted here is kept: a run with it has the weights of a run without.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedsim.contracts import Partition, Phase
+from fedsim.contracts import Context, Partition, Phase
 from fedsim.data.splits import ClientSplits
 from fedsim.engine.evaluate import predict, untrained
 from fedsim.engine.sequential import Sequential
 from fedsim.engine.task import BUFFER, LOCAL, Job, Task
+from fedsim.layout import Params
 from fedsim.local import Int64
 from fedsim.rng import keyed_bits
 
@@ -30,7 +32,7 @@ from fedsim.rng import keyed_bits
 class _Adapt:
     """Cross-entropy that moves the named parameters, or all; leading axes of the logits are models, and add up."""
 
-    names: Sequence[str] = ()
+    names: Sequence[str]
 
     def criterion(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         labels = targets.expand(logits.shape[:-1]).flatten()  # (… · B,)
@@ -41,6 +43,18 @@ class _Adapt:
         if not self.names:
             return (None,)
         return (Phase(params="|".join(f"^{re.escape(name)}$" for name in self.names)),)
+
+
+@dataclass(frozen=True)
+class _Turned(_Adapt):
+    """The same, with directions that an objective gives."""
+
+    turn: Callable[[Params, Mapping[str, Tensor], Context], tuple[Params, dict[str, Tensor]]]
+
+    def direction(
+        self, grads: Params, params: Mapping[str, Tensor], context: Context
+    ) -> tuple[Params, dict[str, Tensor]]:
+        return self.turn(grads, params, context)
 
 
 class FineTuner:
@@ -57,10 +71,11 @@ class FineTuner:
         self.store, self.whole = task.store, task
         self.adapt, self.test = adaptation_splits(splits, task.seed)
         self.clients: Int64 = np.flatnonzero((self.adapt.sizes > 0) & (self.test.sizes > 0))
+        turn = getattr(task.objective, "adapt_direction", None)
         self.task = replace(
             task,
             module=copy.deepcopy(task.module),  # the engine makes a module's tensors its own
-            objective=_Adapt(task.local.names),
+            objective=_Turned(task.local.names, turn) if turn else _Adapt(task.local.names),
             training=replace(task.training, local_steps=num_steps),
             partition=self.adapt,
             views={},

@@ -76,12 +76,43 @@ def test_accuracy_after_steps_of_gradient_descent(tmp_path, strategy, model):
 
 def test_who_never_trained_with_ditto_has_the_global_model_and_adapts_that(tmp_path):
     words = ("metrics.finetune_steps=4", "model=logreg", "sampler=cyclic", "fraction=0.5")
-    loop, rows = run(tmp_path / "ditto", *words, "strategy=ditto")
+    loop, rows = run(tmp_path / "ditto", *words, "strategy=ditto", "client.ditto_lambda=0")
     plain, others = run(tmp_path / "fedavg", *words, "strategy=fedavg")
     np.testing.assert_allclose(loop.weights.numpy(), plain.weights.numpy(), rtol=1e-12)
     for name in ("held_out_accuracy_mean", "held_out_finetuned_accuracy_mean"):
         assert rows[-1][name] == pytest.approx(others[-1][name], rel=1e-12)
     assert rows[-1]["client_accuracy_mean"] != others[-1]["client_accuracy_mean"]  # who trained has a model of its own
+
+
+def test_ditto_adapts_with_its_pull(tmp_path):
+    """v ← v − lr (∇L(v) + λ (v − w)), from v = w where a client was held out, from its own v where it trained."""
+    words = ("metrics.finetune_steps=6", "model=logreg", "fraction=0.5")
+    loop, _ = run(tmp_path / "ditto", *words, "strategy=ditto", "client.ditto_lambda=2.5")
+    tuner, task = loop.evaluator.tuner, loop.task
+    adapt, test = adaptation_splits(loop.experiment.splits, 0)
+    w = task.shared.split(loop.weights)
+    want, free = [], []
+    for client in tuner.clients.tolist():
+        for pull, found in ((2.5, want), (0.0, free)):
+            module = copy.deepcopy(task.module).personal
+            kept = task.store.get(np.array([client]), torch.device("cpu"))
+            v = dict(module.named_parameters())
+            with torch.no_grad():
+                for name, p in v.items():
+                    own = kept[f"local/personal.{name}"][0]
+                    p.copy_(own if task.store.touched[client] else w[f"shared.{name}"])
+            x, y = task.x[adapt.of(client)], task.y[adapt.of(client)]
+            for _ in range(6):
+                grads = torch.autograd.grad(functional.cross_entropy(module(x), y), list(v.values()))
+                with torch.no_grad():
+                    for (name, p), g in zip(v.items(), grads, strict=True):
+                        p -= 0.3 * (g + pull * (p - w[f"shared.{name}"]))
+            logits = module(task.x[test.of(client)])
+            found.append((logits.argmax(1) == task.y[test.of(client)]).double().mean().item())
+    got, _ = tuner.accuracies(loop.weights, loop.backend.buffers, 1)
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-12)
+    out = loop.experiment.splits.held_out[tuner.clients]
+    assert all(np.any(np.array(want)[group] != np.array(free)[group]) for group in (out, ~out))  # it can be seen
 
 
 def test_it_leaves_no_trace(tmp_path):
@@ -118,4 +149,4 @@ def test_two_models_in_one_are_each_adapted():
     y = torch.tensor([0, 1, 2, 0, 1])
     weights = torch.full((5,), 0.2, dtype=torch.float64)
     want = sum(functional.cross_entropy(z, y) for z in logits)
-    torch.testing.assert_close(_Adapt().criterion(logits, y, weights), want)
+    torch.testing.assert_close(_Adapt(()).criterion(logits, y, weights), want)

@@ -171,7 +171,8 @@ def test_fedrep_trains_the_head_and_then_the_body(tmp_path, engine):
 def test_fedreps_body_is_what_is_not_head():
     import re
 
-    for head, names in ((r"^head\.", HEAD), ("head", HEAD), ("weight$", ["body.weight", "head.weight"])):
+    either = (r"^head\.weight|bias", ["body.bias", "head.weight", "head.bias"])
+    for head, names in ((r"^head\.", HEAD), ("head", HEAD), ("weight$", ["body.weight", "head.weight"]), either):
         first, second = FedRep(head=head).phases()
         assert [n for n in BODY + HEAD if re.search(first.params, n)] == names
         assert [n for n in BODY + HEAD if re.search(second.params, n)] == [n for n in BODY + HEAD if n not in names]
