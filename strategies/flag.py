@@ -5,7 +5,8 @@ With ḡ_k = Δ_k / ‖Δ_k‖ and v_k = ‖Yᵀ ḡ_k‖², the share of update
     min_{YᵀY = I}  \sum_k \sqrt{1 − v_k}  +  λ/(K(K−1)) \sum_{i≠j} \sqrt{1 − v_{ij}}
 by iteratively re-weighted least squares: Y spans the r first directions of the ḡ_k scaled by (1 − v_k)^{−1/4} and of
 their differences scaled likewise. v_k are metrics: what to look at to find the bad client. They are blind to signs.
-All of it runs on the K×K Gram matrix, the pairs through their graph Laplacian; the updates are read twice.
+All of it runs on the K×K Gram matrix, the pairs through their graph Laplacian; the updates are read twice. Clients count
+alike, whatever their samples; ḡ_k of an update that is 0 is 0.
 
 Departs from the released code (hamidralmasi/FlagAggregator), which `preset=reference` follows:
     combine: the code sums Y Yᵀ ḡ_k and divides by r ("reference"), a step of no client's length; the paper as quoted
@@ -123,7 +124,8 @@ class Flag:
         if self.released_pairs:
             pairs = strength**2 * ((1 - explained).abs() + EPS).rsqrt()  # (K, K)
         else:
-            length = 2 - 2 * cosines  # (K, K) ‖ḡ_i − ḡ_j‖²
+            square = cosines.diagonal()  # (K,) ‖ḡ_i‖²: 1, or 0 of an update that is 0
+            length = square[:, None] + square - 2 * cosines  # (K, K) ‖ḡ_i − ḡ_j‖²
             inverse = torch.where(length > 1e-12, 1 / length, 0.0)  # equal updates differ in no direction
             pairs = strength * ((1 - explained * inverse).abs() + EPS).rsqrt() * inverse
         pairs = pairs - pairs.diagonal().diag()

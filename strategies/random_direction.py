@@ -55,8 +55,9 @@ class RandomDirection(Wrapper):
         columns = list(cohort.layout.slices.values()) if self.per_layer else [slice(0, updates.shape[1])]
         parts = [self._drawn(updates[:, part], mean[part], delta[part], rng) for part in columns]
         step = torch.cat(parts)  # (D,)
-        norms = torch.linalg.vector_norm(step) * torch.linalg.vector_norm(mean)  # ()
-        return step, {}, {"mean_cosine": torch.where(norms > 0, step @ mean / norms, 0.0)}
+        a, b = step.double(), mean.double()  # (D,) each
+        norms = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)  # ()
+        return step, {}, {"mean_cosine": torch.where(norms > 0, a @ b / norms, 0.0)}
 
     def _drawn(self, updates: Tensor, mean: Tensor, wanted: Tensor, rng: np.random.Generator) -> Tensor:
         """Return a random vector (d,) of the length of `wanted` (d,)."""
@@ -68,5 +69,6 @@ class RandomDirection(Wrapper):
         if self.oriented:
             v = torch.where(v @ (mean / size) < 0, -v, v)
         norm = torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)  # ()
-        scaled: Tensor = v / norm * torch.linalg.vector_norm(wanted)  # (d,)
+        length = torch.linalg.vector_norm(wanted, dtype=torch.float64)  # ()
+        scaled: Tensor = v / norm * length.to(v)  # (d,)
         return scaled

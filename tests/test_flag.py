@@ -17,7 +17,7 @@ def explicit(rows, rank, *, lam=0.0, steps=1, combine="clipped", reference=False
     """Build the (D, K + K(K−1)) matrix of scaled columns and take its left singular vectors, as released."""
     count, size = rows.shape
     norms = np.linalg.norm(rows, axis=1)
-    g = (rows / norms[:, None]).T  # (D, K)
+    g = (rows / np.where(norms > 0, norms, 1)[:, None]).T  # (D, K)
     basis = np.zeros((size, 0))
     if reference:
         drawn = torch.rand(size, rank, generator=torch.Generator().manual_seed(1)) - 0.5
@@ -147,12 +147,46 @@ def test_the_objective_falls_from_step_to_step():
     assert all(later <= earlier + 1e-9 for earlier, later in itertools.pairwise(values))
 
 
-def test_a_client_at_zero_has_no_quality():
+@pytest.mark.parametrize("preset", ["paper", "reference"])
+def test_a_client_at_zero_has_no_quality(preset):
     rows = cohort(6)
     rows[3] = 0
-    delta, _, metrics = Flag(regularization=2.0)(cohort_of(rows), {})
-    assert torch.isfinite(delta).all()
+    delta, _, metrics = Flag(preset=preset, rank=3, regularization=20.0, irls_steps=2)(cohort_of(rows), {})
+    combine = "clipped" if preset == "paper" else "reference"
+    want, _ = explicit(rows, 3, lam=20.0, steps=2, combine=combine, reference=preset == "reference")
+    # its difference from another's unit update is as long as that one
+    np.testing.assert_allclose(delta, want, atol=1e-6 * np.linalg.norm(want))
     assert metrics["quality"][3] < 1e-20  # of eigenvectors: rounding, squared
+
+
+@pytest.mark.parametrize("lam", [0.0, 8.0])
+def test_the_released_step_does_not_see_lengths(lam):
+    rows = cohort(7)
+    louder = rows * np.where(np.arange(9) == 4, 1e6, 1)[:, None]
+    rule = Flag(preset="reference", regularization=lam)
+    np.testing.assert_allclose(apply_rule(rule, louder), apply_rule(rule, rows), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("combine", ["clipped", "raw", "reference"])
+def test_rotated_updates_give_the_rotated_step(combine):
+    rows = cohort(8)
+    rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(40, 40)))
+    rule = Flag(rank=3, regularization=2.0, irls_steps=3, combine=combine)
+    np.testing.assert_allclose(apply_rule(rule, rows @ rotation), apply_rule(rule, rows) @ rotation, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rank", [1, 3, 9, 12])
+def test_quality_is_a_share_and_the_subspace_orthonormal(rank, dtype):
+    rows = cohort(9).astype(dtype)
+    rule = Flag(rank=rank, irls_steps=2, combine="raw")
+    delta, _, metrics = rule(cohort_of(rows), {})
+    quality = metrics["quality"].numpy()
+    assert quality.min() >= 0
+    assert quality.max() <= 1 + 1e-6
+    # an orthogonal projection of the mean: ⟨P m, m⟩ = ‖P m‖²
+    mean, step = rows.mean(0, dtype=np.float64), delta.double().numpy()
+    assert step @ mean == pytest.approx(step @ step, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,17 @@ def test_random_directions_have_the_rules_lengths(space, per_layer):
     assert not np.allclose(got, wanted)
 
 
+@pytest.mark.parametrize("space", ["span", "full"])
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_random_directions_of_tiny_and_huge_float32_updates(space, scale):
+    rows = np.random.default_rng(6).normal(size=(4, 9)) + 0.5
+    rule = RandomDirection(space=space)
+    step, _, metrics = rule(cohort_of((rows * scale).astype(np.float32), round=2), {"rule": {}})
+    want, _, plain = rule(cohort_of(rows, round=2), {"rule": {}})
+    np.testing.assert_allclose(step.double().numpy() / scale, want.numpy(), atol=1e-5)
+    assert metrics["mean_cosine"].item() == pytest.approx(plain["mean_cosine"].item(), abs=1e-5)
+
+
 def test_random_directions_are_uniform_in_sign_and_keyed():
     rows = np.random.default_rng(5).normal(size=(6, 40)) + 0.2
     free = RandomDirection(oriented=False)
