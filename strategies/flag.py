@@ -5,8 +5,8 @@ With ḡ_k = Δ_k / ‖Δ_k‖ and v_k = ‖Yᵀ ḡ_k‖², the share of update
     min_{YᵀY = I}  \sum_k \sqrt{1 − v_k}  +  λ/(K(K−1)) \sum_{i≠j} \sqrt{1 − v_{ij}}
 by iteratively re-weighted least squares: Y spans the r first directions of the ḡ_k scaled by (1 − v_k)^{−1/4} and of
 their differences scaled likewise. v_k are metrics: what to look at to find the bad client. They are blind to signs.
-All of it runs on the K×K Gram matrix, the pairs through their graph Laplacian; the updates are read twice. Clients count
-alike, whatever their samples; ḡ_k of an update that is 0 is 0.
+All of it runs on the K×K Gram matrix, the pairs through their graph Laplacian; the updates are read twice.
+Clients count alike, whatever their samples; ḡ_k of an update that is 0 is 0.
 
 Departs from the released code (hamidralmasi/FlagAggregator), which `preset=reference` follows:
     combine: the code sums Y Yᵀ ḡ_k and divides by r ("reference"), a step of no client's length; the paper as quoted

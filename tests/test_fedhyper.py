@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim.contracts import LinearRule
+from fedsim.clients.fedhyper import FedHyper as FedHyperClient
+from fedsim.contracts import Context, LinearRule
 from fedsim.models.parameters import split_parameters
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.fedhyper import FedHyperCL, FedHyperG, FedHyperSL, hypergradient
@@ -159,6 +160,34 @@ def test_cl_remembers_and_sends():
     assert torch.equal(sent["previous"], step)
     assert sent["num_participants"] == 3
     assert float(metrics["lr_scale_mean"]) == 3
+
+
+def released_factors(positions, previous=0.0, num_participants=10):
+    """Return the m of each step of `preset=reference` at positions (T,) of one weight, Δ being `previous`."""
+    layout, client = cohort_of([[0.0]]).layout, FedHyperClient(preset="reference")
+    (name,), state, seen = layout.names, {}, []
+    told = {"previous": torch.tensor([previous], dtype=torch.float64), "num_participants": float(num_participants)}
+    for step, position in enumerate(positions):
+        here = {name: torch.tensor([float(position)], dtype=torch.float64)}
+        context = Context(received={}, broadcast=told, client_state={}, step_state=state, step=step, num_steps=9,
+                          lr=1.0, num_samples=1, key=torch.tensor(0), layout=layout)  # fmt: skip
+        _, state = client.direction(here, here, context)
+        seen.append(float(state["lr_scale"]))
+    return seen
+
+
+def test_the_released_clients_factor_by_hand():
+    # d = 1, 2, 3 and Δ = 0.05: d_0 is passed over; γ = 1 + 2 Δ + .1/10 · 2 Δ = 1.101, of which 1.1 counts, and again
+    np.testing.assert_allclose(released_factors([0, 1, 3, 6], 0.05), [1, 1, 1.1, 1.21], rtol=1e-14)
+    np.testing.assert_allclose(released_factors([0, 1, 3], 0.04), [1, 1, 1.0808], rtol=1e-14)
+    np.testing.assert_allclose(released_factors([0, 1, 3], 0.04, 2), [1, 1, 1 + 0.08 + 0.1 / 2 * 0.08], rtol=1e-14)
+    # products of 0: m stays 1 to the bit
+    assert released_factors([0, 1, 1, 1, 2]) == [1, 1, 1, 1, 1]
+    # a product of −2 makes γ negative and m its least, from which 1.1 a step leads back; none exceeds its most
+    np.testing.assert_allclose(released_factors([0, 0, 1, -1, -11], 1e-9), [1, 1, 1, 0.1, 0.11], rtol=1e-8)
+    huge = released_factors(100.0 * np.arange(40) ** 2, 1.0)
+    np.testing.assert_allclose(huge[2:], np.minimum(1.1 ** np.arange(1, 39), 10), rtol=1e-12)
+    assert huge[-1] == 10
 
 
 def test_any_rule_fits_inside():
