@@ -17,6 +17,7 @@ the wrong way round; neither is offered. Clients are weighted by their own sampl
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -155,16 +156,20 @@ class Unstale(PreAggregator):
         """Compare estimates with the true updates that have come, and switch."""
         pending = dict(state["pending"])
         first = second = 0.0
+        came = {}
         for row, (client, received) in enumerate(zip(cohort.clients.tolist(), cohort.received.tolist(), strict=True)):
             known = pending.pop(f"{client}/{received}", None)
+            came[str(client)] = received
             if known is not None:
                 first += float((known["estimate"] - cohort.rows[row]).abs().sum())
                 second += float((known["stale"] - cohort.rows[row]).abs().sum())
-        if len(pending) == len(state["pending"]):
+        compared = len(pending) < len(state["pending"])
+        pending = {name: known for name, known in pending.items() if not _passed(name, came)}
+        state = {**state, "pending": pending}
+        if not compared:
             return state, {}
         late = self.switch and not state["switched"] and first > self.margin * second
-        switched = cohort.round if late else state["switched"]
-        return {**state, "pending": pending, "switched": switched}, {"e1": first, "e2": second}
+        return {**state, "switched": cohort.round if late else state["switched"]}, {"e1": first, "e2": second}
 
     def _mend(self, cohort: Cohort, state: State, rows: Tensor, gamma: float) -> tuple[Cohort, State, Found]:
         """Estimate the fresh updates of some rows."""
@@ -219,6 +224,12 @@ class Unstale(PreAggregator):
         low, high = self.mimic.bounds
         x = (low + high) / 2 + (high - low) / 4 * torch.randn(count, *self.mimic.input_shape, generator=rng)
         return x.clamp(low, high), torch.randn(count, self.mimic.num_classes, generator=rng)
+
+
+def _passed(name: str, came: Mapping[str, int]) -> bool:
+    """Return whether the update "client/version" can't come any more: that client's of a newer version has."""
+    client, _, number = name.partition("/")
+    return int(number) < came.get(client, 0)
 
 
 def _padded(values: Tensor, length: int) -> Tensor:

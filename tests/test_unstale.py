@@ -454,6 +454,17 @@ def test_e1_above_e2_switches_at_the_first_such_round_and_gamma_falls():
         f"1/{received}": {"estimate": true + 9, "stale": true}}})[0]["switched"] == 0  # fmt: skip
 
 
+def test_estimates_whose_true_update_can_come_no_more_are_forgotten():
+    """A client that was not sent the version of its estimate never answers it: with 10 % of 100 most are not."""
+    _, cohort = rule_cohort([0, 5])
+    rule, received = Unstale().bind(mimic=Untouchable()), int(cohort.received[1])
+    known = {"estimate": cohort.rows[1], "stale": cohort.rows[1]}
+    names = [f"1/{received - 2}", f"1/{received + 1}", f"2/{received - 2}", "11/0"]
+    state = {**rule.init(cohort.layout, 2), "pending": dict.fromkeys(names, known)}
+    state, figures = rule._learn(cohort, state)
+    assert (sorted(state["pending"]), figures) == (sorted(names[1:]), {})
+
+
 def test_it_needs_to_be_bound():
     _, cohort = rule_cohort([0, 4])
     with pytest.raises(ValueError, match=r"call bind\(mimic"):
