@@ -209,7 +209,7 @@ class Loop:
         for client, what in trainer.failures.items():
             self.observer.warn(f"round {round}: client {client} failed and is left out: {what}")
         lost: list[str] = getattr(self.experiment.engine, "warnings", [])  # workers that died
-        for line in lost:
+        for line in (*lost, *(self.strategy.shortage() if isinstance(self.strategy, RuleShell) else ())):
             self.observer.warn(f"round {round}: {line}")
         lost.clear()
 

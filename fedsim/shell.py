@@ -48,21 +48,41 @@ class RuleShell:
         self.state: State | None = None
         self.metrics: Metrics = {}
         self.cohort: Cohort | None = None
+        self._short = False  # whether it was said that too few updates arrived
 
     @property
     def _name(self) -> str:
         return type(self.rule).__name__
 
-    def begin(self, layout: Layout, cohort: int, connected: int) -> None:
-        """Before the first round, let the rule refuse a cohort of that size, and make its state."""
+    def begin(self, layout: Layout, connected: int, cohort: int | None = None) -> None:
+        """Before the first round, make the rule's state.
+
+        Args:
+            layout: of the updates.
+            connected: clients that can be sampled, where nobody has said.
+            cohort: a size of cohorts that the rule may refuse; None: it was asked, about the size expected.
+
+        """
         if self.state is None:
-            if check := getattr(self.rule, "check", None):
+            if cohort is not None and (check := getattr(self.rule, "check", None)):
                 check(cohort)
             self.state = self.rule.init(layout, self.num_clients or connected)
             if not isinstance(self.state, dict):
                 raise UserError(
                     f"strategy: {self._name}.init must return a dict, got {_kind(self.state)}; {{}} is none"
                 )
+
+    def shortage(self) -> list[str]:
+        """Say once that fewer updates reached the rule than its guarantee needs: a line, or none."""
+        check = getattr(self.rule, "check", None)
+        if check is None or self.cohort is None or self._short:
+            return []
+        try:
+            check(len(self.cohort))
+        except ValueError as error:
+            self._short = True
+            return [f"fewer updates arrived than the rule's guarantee needs, in this round and maybe later: {error}"]
+        return []
 
     def broadcast(self) -> Mapping[str, Any]:
         """Return what the rule sends along with the model; `begin` was called."""
@@ -90,6 +110,6 @@ class RuleShell:
 
     def round(self, round: int, w: Tensor, clients: Int64, backend: Trains) -> tuple[Tensor, Metrics]:
         """Train clients (K,), ascending, from w (D,), and return (the new weights (D,), the rule's metrics)."""
-        self.begin(backend.layout, len(clients), len(clients))
+        self.begin(backend.layout, len(clients))
         w = self.apply(backend.train(round, clients, w, self.broadcast(), {}), w)
         return w, self.metrics

@@ -41,7 +41,8 @@ class Krum:
     """The one update closest to its neighbours.
 
     Args:
-        num_byzantine: f ≥ 0 attackers that are withstood, 2f + 2 < K.
+        num_byzantine: f ≥ 0 attackers that are withstood, 2f + 2 < K. Where fewer updates arrive, K − f − 2
+            neighbours count and at least one.
 
     Raises:
         ValueError: `num_byzantine` below 0.
@@ -84,8 +85,8 @@ class MultiKrum:
     """The mean of the m updates closest to their neighbours.
 
     Args:
-        num_byzantine: f ≥ 0 attackers that are withstood, 2f + 2 < K.
-        num_selected: m ≥ 1; None is K − f.
+        num_byzantine: f ≥ 0 attackers that are withstood, 2f + 2 < K; as Krum's where fewer updates arrive.
+        num_selected: m ≥ 1, at most all that arrive; None is K − f, and at least one.
 
     Raises:
         ValueError: an argument out of its range.

@@ -560,6 +560,21 @@ def uneven():
 UNEVEN = ("data.validation=0", "partition=natural", "partition.local_test=0", "model=logreg", "fraction=1")
 
 
+def test_a_round_with_too_few_for_the_rules_guarantee_is_said_once_and_not_the_end(run):
+    """8 of 20 are expected, which is enough; a Poisson cohort may be smaller, the first one too."""
+    heard = Recorder()
+    words = ("strategy=krum", "strategy.num_byzantine=2", "sampler=poisson", "fraction=0.4", "model=logreg", "seed=1")
+    result = run(*words, num_rounds=4, observer=heard)
+    arrived = [row["num_participants"] for row in result.rounds]
+    assert arrived[0] == 6
+    said = [line for line in heard.warnings if "guarantee" in line]
+    assert len(said) == 1
+    assert said[0].startswith("round 1: fewer updates arrived than the rule's guarantee needs, in this round and maybe")
+    assert "Krum needs K > 2f + 2 clients, got K=6, f=2" in said[0]
+    with pytest.raises(UserError, match=r"Krum needs K > 2f \+ 2 clients, got K=6, f=2"):
+        run(*words, "fraction=0.3", num_rounds=1)
+
+
 @pytest.mark.parametrize("strategy", ["fedavg", "median", "flower/fedavg"])
 def test_a_client_that_sends_nan_is_left_out_counted_and_named(run, strategy):
     heard = Recorder()

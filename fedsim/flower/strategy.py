@@ -82,7 +82,8 @@ class RuleStrategy(RuleShell, Strategy):
         """Return the round's messages, unbuilt."""
         nodes, num_connected = self._sample(server_round, grid, self.fraction)
         self._sent = arrays = as_flat(arrays)
-        self.begin(arrays.layout, len(nodes), num_connected)
+        # A simulation asked the rule about the cohort expected; a round's own may be smaller.
+        self.begin(arrays.layout, num_connected, None if isinstance(grid, SimulationGrid) else len(nodes))
         sent_along = self.broadcast()
         return TrainMessages(round=server_round, nodes=nodes, arrays=arrays, config=dict(config), broadcast=sent_along)
 
