@@ -137,11 +137,26 @@ def square_distances(updates: Rows) -> Tensor:
     Where float32 rows lie so close that the difference of their products is rounding noise, the products are
     taken in float64.
     """
+    return _distances(*_products(updates))[0]
+
+
+def products(updates: Rows) -> Tensor:
+    """Return X Xᵀ (K, K) in float64 of updates X (K, D), of whose differences as much is left as of square distances.
+
+    Of a point near a few short rows, what is far away is told in these: as a difference of square distances it would
+    be rounding noise beside one row that is very long.
+    """
+    inner, by = _products(updates)
+    return inner if by is None else by @ inner @ by.T
+
+
+def _products(updates: Rows) -> tuple[Tensor, Tensor | None]:
+    """Return the products (K, K) of the rows that are read, and the map of them, if there is one."""
     source, by = source_of(updates), updates.matrix if isinstance(updates, Mapped) else None
-    distances, trusted = _distances(gram(source), by)
-    if updates.dtype != torch.float64 and not bool(trusted):
-        distances, _ = _distances(inner_products(source, torch.float64).rows, by)
-    return distances
+    inner = gram(source)
+    if updates.dtype != torch.float64 and not bool(_distances(inner, by)[1]):
+        inner = inner_products(source, torch.float64).rows
+    return inner, by
 
 
 def _distances(inner: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
