@@ -262,9 +262,12 @@ def square_norms(updates: Rows) -> Tensor:
 def finite_rows(updates: Tensor) -> Tensor:
     """Return which rows of updates (K, D) hold neither a NaN nor an infinity, (K,) bool.
 
-    Row norms answer for all but overflowing rows: `isfinite` of the matrix costs three Gram products.
+    Row norms answer for all but overflowing rows: `isfinite` of the matrix costs three Gram products. A float64 row
+    whose square norm overflows counts as infinite: no product or distance of it would be a number.
     """
     finite = torch.isfinite(square_norms(updates))  # (K,)
+    if updates.dtype == torch.float64:
+        return finite
     for row in torch.nonzero(~finite).flatten().tolist():
         finite[row] = all(bool(torch.isfinite(block).all()) for _, block in blocks(updates[row : row + 1], BLOCK))
     return finite

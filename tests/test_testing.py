@@ -42,6 +42,13 @@ def test_huge_but_finite_rows_are_kept():
     assert apply_rule(build_rule("fedavg"), rows).tolist() == [np.float32(1e30)] * 2
 
 
+@pytest.mark.parametrize("name", ["geometric_median", "dnc", "centered_clipping", "krum", "fedavg"])
+def test_rows_whose_squares_overflow_float64_are_dropped(name):
+    rows = np.ones((7, 4))
+    got = apply_rule(build_rule(name), [*rows, [1e200, 0, 0, 0], [-1e308, 1e308, 0, 0]])
+    np.testing.assert_allclose(got, apply_rule(build_rule(name), rows))
+
+
 def test_round_0_is_the_first_round():
     rows = [[3.0, 0.0], [0.0, 1.0]]
     rule = build_rule("fedld", k_proportion=1.0)
