@@ -25,6 +25,7 @@ from fedsim.experiment import Experiment, cohort_size
 from fedsim.local import LocalTraining
 from fedsim.modes.sync import Sync
 from fedsim.plan import check_cohort, check_evaluation, planned, planned_engine
+from fedsim.samplers import Poisson
 from fedsim.settings import Run
 from fedsim.timing import timed
 
@@ -176,11 +177,24 @@ def _bound(strategy: Any, **known: Any) -> Any:
 
 
 def _informed(experiment: Experiment) -> Experiment:
-    """Tell a strategy that asks what keeps clients from taking part independently of each other: its `dependence`."""
-    mode, availability = experiment.mode, experiment.clock.availability
-    why = None if availability is None else f"availability {type(availability).__name__}"
-    why = why if isinstance(mode, Sync) else f"mode {type(mode).__name__}"
-    return replace(experiment, strategy=_bound(experiment.strategy, dependence=why))
+    """Tell a strategy that asks the run's fraction, and what keeps clients from taking part independently."""
+    known = {"dependence": _dependence(experiment), "fraction": experiment.settings.fraction}
+    with blamed("strategy"):
+        return replace(experiment, strategy=_bound(experiment.strategy, **known))
+
+
+def _dependence(experiment: Experiment) -> str | None:
+    """Return why a client's part in a round hangs on other clients', or is not of one probability; None: it does not.
+
+    Where all train in every round no sampler draws anything.
+    """
+    mode, availability, sampler = experiment.mode, experiment.clock.availability, experiment.sampler
+    if not isinstance(mode, Sync):
+        return f"mode {type(mode).__name__}"
+    if availability is not None:
+        return f"availability {type(availability).__name__}"
+    drawn = experiment.cohort_size < len(experiment.participants)
+    return f"sampler {type(sampler).__name__}" if drawn and not isinstance(sampler, Poisson) else None
 
 
 def _client(config: Config, parts: Parts) -> tuple[Any, LocalTraining]:

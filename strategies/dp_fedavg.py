@@ -8,7 +8,8 @@ would need a bound of its own.
 
 What is private is the sequence of models. Not what a simulation records beside them (losses, norms, the share of
 clipped updates), not buffers, and not the draw of a simulation's noise, which follows from the seed.
-The sampler draws an empty cohort again, which the account passes over: its probability is at most exp(−qN).
+ε holds for Poisson sampling alone, or where all take part; else there is none. The sampler draws an empty cohort
+again, which the account passes over: its probability is at most exp(−qN).
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
 from fedsim.linalg import combine, row_norms
 from fedsim.strategies.preaggregation import PreAggregator, clip_factors
-
-POISSON = "fedsim.samplers.Poisson"
 
 
 class Accountant(Protocol):
@@ -47,11 +46,9 @@ class DPFedAvg(PreAggregator):
         noise_multiplier: z ≥ 0; 0 is no noise, and no privacy.
         fraction: q in (0, 1] of the clients in a round, in expectation: the run's `fraction`.
         accountant: returns ε; `fedsim.metrics.privacy.RDP`. None: nothing is accounted.
-        sampler: the `_target_` of the run's sampler; any but Poisson sampling is warned of, for which ε would be
-            another, or none.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument out of its range, or another fraction than the run's.
 
     """
 
@@ -59,7 +56,6 @@ class DPFedAvg(PreAggregator):
     noise_multiplier: float = 1.0
     fraction: float = 1.0
     accountant: Accountant | None = None
-    sampler: str = POISSON
 
     def __post_init__(self) -> None:
         if not self.max_norm > 0:
@@ -72,19 +68,16 @@ class DPFedAvg(PreAggregator):
             warnings.warn(
                 "noise_multiplier=0 is no privacy: epsilon is infinite, and null in what is written", stacklevel=2
             )
-        if self.sampler != POISSON and self.accountant is not None:
-            warnings.warn(
-                f"epsilon holds for Poisson sampling, and clients are drawn by {self.sampler}; choose sampler=poisson",
-                stacklevel=2,
-            )
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What a run must bind: why clients are not drawn independently, and what the inner rule asks for."""
-        return ("dependence", *getattr(self.rule, "needs", ()))
+        """What a run must bind: why clients are not drawn independently, its fraction, what the inner rule asks for."""
+        return ("dependence", "fraction", *getattr(self.rule, "needs", ()))
 
-    def bind(self, *, dependence: str | None = None, **values: Any) -> DPFedAvg:
+    def bind(self, *, dependence: str | None = None, fraction: float | None = None, **values: Any) -> DPFedAvg:
         """Return the same around a bound rule, without a bound on ε where clients' participation is not independent."""
+        if fraction is not None and fraction != self.fraction:
+            raise ValueError(f"DPFedAvg's fraction={self.fraction} is not the run's, {fraction}: sums and ε go by it")
         inner: Any = self.rule
         bound = replace(self, rule=inner.bind(**values)) if values else self
         if dependence is None or self.accountant is None:

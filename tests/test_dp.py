@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy import special, stats
 
 from fedsim import simulate
 from fedsim.errors import UserError
+from fedsim.flower.strategy import RuleStrategy
 from fedsim.laws import cohort_of
 from fedsim.metrics.privacy import ORDERS, RDP
 from fedsim.report.command import report
@@ -171,9 +173,51 @@ def test_no_noise_is_warned_of():
 
 
 @needs_library
-def test_other_samplers_are_warned_of():
-    with pytest.warns(UserWarning, match="epsilon holds for Poisson sampling"):
-        DPFedAvg(accountant=RDP(), sampler="fedsim.samplers.Uniform")
+@pytest.mark.parametrize("sampler", ["uniform", "cyclic", "size_weighted"])
+def test_other_samplers_have_no_epsilon_whoever_made_the_rule(tmp_path, sampler):
+    """A cohort of a fixed size is no Poisson cohort, and who takes turns is not drawn at all."""
+    words = ("num_rounds=1", "fraction=0.5", "model=logreg", f"sampler={sampler}")
+    for name, parts in (
+        ("a", {"strategy": "dp_fedavg"}),
+        ("b", {"strategy": DPFedAvg(accountant=RDP(), fraction=0.5)}),
+    ):
+        with pytest.warns(UserWarning, match=r"with sampler \w+ clients do not take part .* there is no epsilon"):
+            result = simulate(*words, folder=tmp_path / name, **parts)
+        assert result.rounds[0]["epsilon"] is None
+
+
+@needs_library
+@pytest.mark.filterwarnings("error")
+def test_where_all_take_part_no_sampler_draws(tmp_path):
+    result = simulate(
+        "strategy=dp_fedavg", "sampler=uniform", "fraction=1", "num_rounds=1", "model=logreg", folder=tmp_path / "run"
+    )
+    assert result.rounds[0]["epsilon"] == RDP()(noise_multiplier=1.0, sampling=1.0, num_rounds=1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"strategy": DPFedAvg(fraction=0.1)}, {"overrides": ("strategy=dp_fedavg", "strategy.fraction=0.1")}],
+    ids=["object", "yaml"],
+)
+def test_another_fraction_than_the_runs_is_refused(tmp_path, settings):
+    words = ("fraction=0.5", "model=logreg", *settings.pop("overrides", ()))
+    with pytest.raises(UserError, match=r"strategy: DPFedAvg's fraction=0.1 is not the run's, 0.5"):
+        simulate(*words, num_rounds=1, folder=tmp_path / "run", **settings)
+
+
+@needs_library
+def test_a_deployments_cohorts_have_a_fixed_size_and_no_epsilon():
+    rule = DPFedAvg(accountant=RDP(), fraction=0.5)
+    shell = RuleStrategy(rule, fraction=0.5)
+    with pytest.warns(UserWarning, match="with cohorts of a fixed size clients do not take part independently"):
+        shell._inform()
+    assert step_of(shell.rule, rows_of(0))[2]["epsilon"] == math.inf
+    whole = RuleStrategy(replace(rule, fraction=1.0))
+    whole._inform()
+    assert whole.rule.accountant == RDP()
+    with pytest.raises(ValueError, match=r"fraction=0.5 is not the run's, 0.25"):
+        RuleStrategy(rule, fraction=0.25)._inform()
 
 
 def test_no_noise_is_no_privacy_and_a_missing_package_is_one_line(monkeypatch):

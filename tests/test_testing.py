@@ -103,7 +103,7 @@ def test_a_strategy_pairs_itself_with_its_client(config_dir, overrides, pair):
 
 
 VARIANTS = ("fedavgm", "fedld_rate")  # FedAvg under other numbers
-OF_THE_RUN = ("dp_fedavg",)  # its YAML takes the run's fraction and sampler
+OF_THE_RUN = ("dp_fedavg",)  # its YAML takes the run's fraction
 
 
 @pytest.mark.parametrize("name", strategy_names())

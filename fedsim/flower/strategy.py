@@ -82,10 +82,21 @@ class RuleStrategy(RuleShell, Strategy):
         """Return the round's messages, unbuilt."""
         nodes, num_connected = self._sample(server_round, grid, self.fraction)
         self._sent = arrays = as_flat(arrays)
-        # A simulation asked the rule about the cohort expected; a round's own may be smaller.
-        self.begin(arrays.layout, num_connected, None if isinstance(grid, SimulationGrid) else len(nodes))
+        if isinstance(grid, SimulationGrid):  # which asked the rule about the cohort expected; this may be smaller
+            self.begin(arrays.layout, num_connected)
+        else:
+            self._inform()
+            self.begin(arrays.layout, num_connected, len(nodes))
         sent_along = self.broadcast()
         return TrainMessages(round=server_round, nodes=nodes, arrays=arrays, config=dict(config), broadcast=sent_along)
+
+    def _inform(self) -> None:
+        """Before the first round of a deployment, tell a rule that asks how its clients are drawn."""
+        known = {"dependence": "cohorts of a fixed size", "fraction": self.fraction} if self.fraction < 1 else {}
+        wanted = {name: known[name] for name in getattr(self.rule, "needs", ()) if name in known}
+        if wanted and self.state is None:
+            rule: Any = self.rule
+            self.rule = rule.bind(**wanted)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
