@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedsim import simulate
+from fedsim.compress import qsgd
 from fedsim.compress.contract import Senders, index_bits, num_kept, packed
 from fedsim.compress.ef21 import EF21 as EF21Client
 from fedsim.compress.error_feedback import ErrorFeedback
@@ -123,6 +124,16 @@ def test_qsgd_is_unbiased_within_its_variance():
     assert float((got - row).square().sum(1).mean()) <= omega * norm**2
     assert compressor.contraction(16) is None
     assert QSGD(num_levels=16, bucket_size=None).contraction(16) == 1 - 16 / 256
+
+
+def test_qsgd_has_no_level_above_its_last(monkeypatch):
+    """Norms may be rounded below their one coordinate, and a level s + 1 would not fit the code's bits."""
+    monkeypatch.setattr(qsgd, "uniform_like", lambda x, key: torch.full_like(x, 1 - 2**-24))
+    rows = torch.rand(1, 512, generator=torch.Generator().manual_seed(0))
+    compressor = QSGD(num_levels=15, bucket_size=1)
+    monkeypatch.setattr(torch.linalg, "vector_norm", lambda x, **_: x.abs() * (1 - 2**-22))
+    sent = apply(compressor, rows)
+    assert (sent <= rows).all()
 
 
 def test_qsgd_leaves_zeros_and_draws_for_each_client():

@@ -52,6 +52,7 @@ class QSGD:
         norms = torch.linalg.vector_norm(buckets, dim=1, keepdim=True)  # (B, 1)
         scaled = buckets.abs() / norms.clamp_min(torch.finfo(row.dtype).tiny) * self.num_levels  # (B, b)
         level = torch.floor(scaled + uniform_like(scaled, key))  # one more with the probability of what is beyond
+        level = level.clamp_max(self.num_levels)  # a lone coordinate may be longer than its norm, by rounding
         rounded: Tensor = (norms * buckets.sign() * level / self.num_levels).flatten()[:size]
         return rounded
 
