@@ -112,12 +112,17 @@ class Evaluator:
         """Evaluate the global model after a round on the test and validation splits, as they are in that round.
 
         Where models have personal parameters there is no global model: each client's is evaluated on its own
-        test samples, and `accuracy` and `loss` are means over the samples of the clients that train.
+        test samples, and `accuracy` and `loss` are means over the samples of the clients that train and do not attack;
+        what a split that an attack added says is a mean over its samples, each dealt to one of these clients' models.
         """
         if self.personal:
-            tested = np.flatnonzero(~self.splits.held_out & (self.splits.test.sizes > 0))
+            tested = self._good(np.flatnonzero(~self.splits.held_out & (self.splits.test.sizes > 0)))
             result, labels = self._personal(weights, buffers, self.splits.test, tested, round)
             figures = self._figures(result, labels)
+            for name in self.server.keys() - {"test", "validation"}:
+                dealt = _dealt(self.server[name].cpu().numpy(), tested, len(self.held_out))
+                mine, _ = self._personal(weights, buffers, dealt, np.flatnonzero(dealt.sizes), round)
+                figures |= {f"{name}_{key}": value for key, value in overall(mine).items()}
             if self.adversary is not None:
                 figures |= _robust(self._personal(weights, buffers, self.splits.test, tested, round, self.adversary)[0])
             return figures
@@ -131,6 +136,11 @@ class Evaluator:
                 mine |= _robust(moved)
             figures.update(mine if name == "test" else {f"{name}_{key}": value for key, value in mine.items()})
         return figures
+
+    def _good(self, clients: Int64) -> Int64:
+        """Return those of clients (n,) that do not attack; all, where nobody else is there."""
+        honest = clients if self.honest is None else clients[self.honest.numpy()[clients]]
+        return honest if len(honest) else clients
 
     def _figures(self, result: Outputs, labels: Tensor) -> Figures:
         figures = overall(result)
@@ -194,7 +204,10 @@ class Evaluator:
         accuracy, counts = tuner.accuracies(weights, buffers, round)
         out = self.held_out[tuner.clients]
         figures: Figures = {}
-        for prefix, chosen in (("client", ~out), ("held_out", out)):
+        groups = [("client", ~out), ("held_out", out)]
+        if self.honest is not None:
+            groups.append(("honest", ~out & self.honest[tuner.clients]))
+        for prefix, chosen in groups:
             if bool(chosen.any()):
                 summary = fairness(accuracy[chosen], counts[chosen])
                 figures |= {f"{prefix}_finetuned_{name}": value for name, value in summary.items()}
@@ -237,6 +250,14 @@ class Evaluator:
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(data.sizes[clients])])).to(self.task.device)
         losses: np.ndarray[Any, np.dtype[np.float64]] = per_client(result, offsets)["loss"].cpu().numpy()
         return losses
+
+
+def _dealt(positions: Int64, clients: Int64, num_clients: int) -> Partition:
+    """Deal positions (n,) out to some of all clients, ids ascending, so that numbers differ by at most one."""
+    hands = [positions[k :: len(clients)] for k in range(len(clients))]
+    sizes = np.zeros(num_clients, dtype=np.int64)  # (K,)
+    sizes[clients] = [len(hand) for hand in hands]
+    return Partition(np.concatenate(hands), np.concatenate([[0], np.cumsum(sizes)]))
 
 
 def _robust(result: Outputs) -> Figures:

@@ -35,6 +35,7 @@ from fedsim.attacks.sign_flip import SignFlip
 from fedsim.build_uplink import check_uplink
 from fedsim.contracts import Dataset, Partition
 from fedsim.errors import UserError
+from fedsim.evaluation import _dealt
 from fedsim.laws import cohort_of
 from fedsim.layout import Layout
 from fedsim.strategies.fedavg import FedAvg
@@ -633,6 +634,41 @@ def test_attack_seed_is_of_the_attack_alone(tmp_path):
     assert torch.equal(first[honest], second[honest])  # initial model, order of the data
     noise = [rows[attackers][0] for rows, attackers in zip((first, second), who, strict=True)]
     assert not torch.isclose(*noise).any()  # what they send is drawn anew, too
+
+
+def test_where_clients_keep_parameters_accuracy_is_the_honest_clients(tmp_path):
+    result = run(
+        tmp_path / "a", "strategy=local", "attack=label_flip", "attack.fraction=0.3", "metrics.clients_every=1",
+        "metrics.finetune_steps=1",
+    )  # fmt: skip
+    row = result.rounds[-1]
+    assert row["accuracy"] == pytest.approx(row["honest_accuracy_weighted_mean"], abs=1e-12)
+    assert row["accuracy"] > row["client_accuracy_weighted_mean"] + 0.05
+    assert row["honest_finetuned_accuracy_mean"] > row["client_finetuned_accuracy_mean"] + 0.05
+    table = pq.read_table(result.folder / "clients.parquet").to_pandas().query("round == 3")
+    honest = ~table["client"].isin(byzantine_clients(0, np.arange(10), 0.3))
+    weights = table["num_test_samples"][honest]
+    assert row["accuracy"] == pytest.approx(np.average(table["test_accuracy"][honest], weights=weights), abs=1e-12)
+    everyone = run(tmp_path / "b", "strategy=local", "attack=label_flip", "attack.fraction=1", num_rounds=1)
+    assert 0 <= everyone.rounds[-1]["accuracy"] <= 1  # nobody else is there
+
+
+def test_a_backdoor_is_measured_where_clients_keep_parameters(tmp_path):
+    words = ("model.local=bias", "attack=backdoor", "attack.trigger_size=2", "partition=iid")
+    idle = run(tmp_path / "a", *words, "attack.fraction=0", num_rounds=5)
+    active = run(tmp_path / "b", *words, "attack.fraction=0.5", "attack.poisoned_fraction=0.9", num_rounds=5)
+    assert active.summary["backdoor_accuracy"] > idle.summary["backdoor_accuracy"]
+
+
+@pytest.mark.parametrize("count", [2, 7, 20])
+def test_triggered_samples_are_dealt_to_the_chosen_clients(count):
+    positions, chosen = np.arange(100, 100 + count), np.array([1, 4, 5])
+    dealt = _dealt(positions, chosen, 7)
+    assert dealt.num_clients == 7
+    assert sorted(dealt.indices) == positions.tolist()
+    assert dealt.sizes[[0, 2, 3, 6]].sum() == 0
+    assert np.ptp(dealt.sizes[chosen]) <= 1
+    np.testing.assert_array_equal(dealt.of(4), positions[1::3])
 
 
 def test_an_attacks_memory_is_resumed(tmp_path):
