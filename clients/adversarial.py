@@ -4,11 +4,14 @@ FAL, Li, Song & Yang, ICML 2023, Algorithm 1. https://arxiv.org/abs/2208.03635. 
 gradient ascent, Madry et al., ICLR 2018, eq. 2. https://arxiv.org/abs/1706.06083. From x_0 = x + U(−ε, ε), S times:
     x_{s+1} = Π_{‖x' − x‖_∞ ≤ ε, x' in [low, high]} (x_s + α sign ∇_x L(w; x_s, y)),   then a step on L(w; x_S, y)
 Departs from FAL: its analysis has any adversary within an l_2 ball and a network of two layers; the box and its
-ascent are what experiments on federated adversarial training take. The model is in training mode in both parts.
+ascent are what experiments on federated adversarial training take. Its server averages clients alike, FedAvg's by their
+samples. Samples are moved under the running statistics of batch norm, which only the step on x_S changes; dropout
+drops in both parts.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +64,7 @@ class Adversarial:
         """Return the mean cross-entropy () of the moved samples.
 
         Raises:
-            ValueError: the samples are no numbers that could be moved, e.g. tokens, or the model keeps running
-                statistics.
+            ValueError: the samples are no numbers that could be moved, e.g. tokens.
 
         """
         x = batch.x  # (B, …)
@@ -76,10 +78,5 @@ class Adversarial:
             raise ValueError(f"client=adversarial needs floating-point features, this data has {batch.x.dtype}")
         ascent = Ascent(self.radius, self.num_steps, self.step_size, self.low, self.high)
         key = fold_in(context.key, _START) if self.random_start else None
-        try:
+        with getattr(model, "still", nullcontext)():
             return ascent.moved(lambda x: model(params, x), batch.x, batch.y, key)
-        except RuntimeError as error:
-            if "in-place" not in str(error):
-                raise
-            what = "client=adversarial cannot train a model that changes its own tensors (batch norm?); use group norm"
-            raise ValueError(what) from error

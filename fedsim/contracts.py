@@ -9,6 +9,7 @@ Axis names, everywhere: K clients of a cohort, D shared parameters, B samples of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -224,6 +225,10 @@ class Model(Protocol):
 
     def head(self, params: Params, h: Tensor) -> Tensor:
         """Return logits (B, C) from features."""
+        ...
+
+    def still(self) -> AbstractContextManager[None]:
+        """Have layers with running statistics take these and leave them as they are, as in evaluation."""
         ...
 
 

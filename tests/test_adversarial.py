@@ -124,12 +124,65 @@ def test_engines_train_alike(tmp_path):
         torch.testing.assert_close(other, seen[0], rtol=0, atol=1e-9)
 
 
-def test_a_model_with_running_statistics_is_refused(tmp_path):
-    with pytest.raises(RuntimeError, match=r"client=adversarial cannot .*use group norm"):
-        fedsim.simulate("strategy=fal", "model=mlp_bn", "num_rounds=1", folder=tmp_path / "run")
-
-
 @pytest.mark.parametrize("arguments", [{"radius": 0.0}, {"num_steps": 0}], ids=str)
 def test_without_a_move_it_is_fedavgs_client(tmp_path, arguments):
     mine = _weights(tmp_path, "mine", Adversarial(**arguments), "engine=sequential")
     assert torch.equal(mine, _weights(tmp_path, "plain", CrossEntropy(), "engine=sequential"))
+
+
+def test_one_full_batch_step_is_a_step_of_centralised_adversarial_training(tmp_path):
+    """Equal clients, K = 1: U - lr mean_c grad L(U; x'), x' found at U itself."""
+    objective = Adversarial(radius=0.2, step_size=0.09, num_steps=4, random_start=False)
+    words = ("client.local_steps=1", "client.batch_size=null", "client.lr=0.3", "partition.local_test=0", "fraction=1")
+    got = _weights(tmp_path, "run", objective, *words)
+    rng = np.random.default_rng(3)
+    y = rng.integers(0, 3, 60)
+    x, y = torch.tensor(rng.normal(size=(60, 5)) + y[:, None])[:48], torch.tensor(y)[:48]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    for _ in range(2):
+        worst = moved(objective, model, x, y)
+        grads = torch.autograd.grad(nn.functional.cross_entropy(model(worst), y), list(model.parameters()))
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), grads, strict=True):
+                p -= 0.3 * g
+    torch.testing.assert_close(got, torch.cat([p.detach().flatten() for p in model.parameters()]), rtol=0, atol=1e-12)
+
+
+class Batched(nn.Module):
+    """A model with batch norm and dropout that keeps the inputs it was given and how it normalised them."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop, self.head = nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.drop(self.norm(x)))
+
+
+def test_moving_samples_leaves_running_statistics_as_they_were():
+    torch.manual_seed(0)
+    model = Batched().double()
+    x, y = torch.rand(20, 5, dtype=torch.float64) + 1, torch.arange(20) % 3
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    function, seen = Functional(model), []
+    model.norm.register_forward_hook(lambda norm, *_: seen.append((norm.training, model.drop.training)))
+    objective = Adversarial(radius=0.1, num_steps=3)
+    worst = objective._moved(function, dict(model.named_parameters()), Batch(x, y), KEY)
+    assert seen == [(False, True)] * 3
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    assert model.norm.training
+    objective.loss(function, dict(model.named_parameters()), Batch(x, y), KEY)
+    want = nn.BatchNorm1d(5).double()
+    want(worst)
+    torch.testing.assert_close(model.norm.running_mean, want.running_mean, rtol=0, atol=0.02)  # one step's, not four
+    assert model.norm.num_batches_tracked == 1
+
+
+def test_a_model_with_batch_norm_trains(tmp_path):
+    result = fedsim.simulate(
+        "data=blobs", "data.num_samples=120", "data.shape=[5]", "data.num_classes=3", "partition=iid", "num_rounds=1",
+        "partition.num_clients=4", "client.batch_size=null", "dtype=float64", folder=tmp_path / "run",
+        model=Batched(), client=Adversarial(num_steps=2),
+    )  # fmt: skip
+    assert all(bool(value.isfinite().all()) for value in result.model.state_dict().values())

@@ -230,11 +230,26 @@ def test_mimic_against_loops(seed):
         if z is None:
             z = cohort.rng("mimic").normal(size=12)
             z /= np.linalg.norm(z)
-        z = (count * z + sum((x - mean) * ((x - mean) @ z) for x in honest)) / (count + 1)
+        spread = sum((x - mean) * ((x - mean) @ z) for x in honest)
+        z = (count * z + spread / np.linalg.norm(spread)) / (count + 1)
         z /= np.linalg.norm(z)
         want = max(honest, key=lambda x: (x - mean) @ z)
         np.testing.assert_array_equal(got.numpy(), [want] * 3)
         np.testing.assert_allclose(state["direction"], z, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_mimic_learns_at_the_same_speed_whatever_the_scale_of_updates(scale):
+    directions = []
+    for factor in (1.0, scale):
+        attack = Mimic()
+        state = attack.init(Layout.vector([12]))
+        for count in range(4):
+            rows, byzantine = rows_of(count)
+            view = View(cohort=cohort_of(factor * rows, round=count + 1), byzantine=torch.from_numpy(byzantine))
+            _, state = attack.rows(view, state)
+        directions.append(state["direction"])
+    np.testing.assert_allclose(directions[1], directions[0], rtol=1e-7, atol=1e-9)
 
 
 def test_mimic_stays_with_one_side():

@@ -1,9 +1,10 @@
 r"""Mimic: all attackers copy one honest client, the one that stands out most, so that it counts too much.
 
 Karimireddy, He & Jaggi, ICLR 2022, §3.2 and appendix. https://arxiv.org/abs/2006.09365
-    z ← (t z + \sum_i (Δ_i − m)⟨Δ_i − m, z⟩) / (t + 1), normalised;   m ← (t m + mean Δ_i) / (t + 1)
+    m ← (t m + mean Δ_i) / (t + 1);   u = \sum_i (Δ_i − m)⟨Δ_i − m, z⟩;   z ← t z + u / ‖u‖, normalised
     Δ_k = Δ_{i*},   i* = argmax_i ⟨Δ_i − m, z⟩ over the honest clients of the round
-An attack for data that differs by client: no copied row is an outlier.
+An attack for data that differs by client: no copied row is an outlier. u is normalised as in the authors' code: the
+updates' scale does not say how fast z is learned.
 Departs from the paper where not all clients take part in every round: i* is chosen anew among those that do, by a z
 that goes on being learned, instead of fixed after a first epoch.
 """
@@ -37,8 +38,9 @@ class Mimic:
             start = view.cohort.rng("mimic").normal(size=known.shape[1])
             z = _normalised(torch.from_numpy(start).to(known))
         centred = known - mean  # (H, D)
-        turned = (count * z + centred.T @ (centred @ z)) / (count + 1)  # (D,)
-        z = _normalised(turned) if bool(turned.any()) else z  # equal updates have no spread to learn from
+        spread = centred.T @ (centred @ z)  # (D,)
+        if bool(spread.any()):  # equal updates have no spread to learn from
+            z = _normalised(count * z + _normalised(spread))
         chosen = (centred @ z).argmax()
         return view.all(known[chosen]), {"count": count + 1, "mean": mean, "direction": z}
 

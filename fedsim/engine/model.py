@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +33,18 @@ class Functional:
         if params is self.own:
             return _tensor(self.module(x))
         return _tensor(functional_call(self.module, params, (x,)))
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Have layers with running statistics take these and leave them as they are, as in evaluation."""
+        layers = [m for m in self.module.modules() if m.training and getattr(m, "track_running_stats", False)]
+        try:
+            for layer in layers:
+                layer.training = False
+            yield
+        finally:
+            for layer in layers:
+                layer.training = True
 
     def features(self, params: Params, x: Tensor) -> Tensor:
         """Return what the head is applied to, (B, F)."""
