@@ -121,8 +121,8 @@ class Evaluator:
             figures = self._figures(result, labels)
             for name in self.server.keys() - {"test", "validation"}:
                 dealt = _dealt(self.server[name].cpu().numpy(), tested, len(self.held_out))
-                mine, _ = self._personal(weights, buffers, dealt, np.flatnonzero(dealt.sizes), round)
-                figures |= {f"{name}_{key}": value for key, value in overall(mine).items()}
+                result, _ = self._personal(weights, buffers, dealt, np.flatnonzero(dealt.sizes), round)
+                figures |= {f"{name}_{key}": value for key, value in overall(result).items()}
             if self.adversary is not None:
                 figures |= _robust(self._personal(weights, buffers, self.splits.test, tested, round, self.adversary)[0])
             return figures
