@@ -2,7 +2,8 @@ r"""Ditto's client: the global and the personal model, each on its own loss, in 
 
 Li et al., ICML 2021, Algorithm 1. https://arxiv.org/abs/2012.04221 (the models are `strategies/ditto.py`'s).
     L_k(w) + L_k(v) + (λ/2) ‖v − w_received‖²
-The two have no parameter in common, so that one gradient is both. The reported training loss is the sum.
+The two have no parameter in common, so that one gradient is both. The reported training loss is the sum, and
+`client.clip_norm` bounds both gradients together.
 """
 
 from __future__ import annotations

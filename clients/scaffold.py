@@ -4,8 +4,9 @@ Karimireddy et al., ICML 2020, Algorithm 1 and eq. 4. https://arxiv.org/abs/1910
     y ← y − lr (g(y) − c_k + c)   for T steps
     option I    c_k⁺ = ∇L_k(w), from one more pass over the client's samples at the received model w
     option II   c_k⁺ = c_k − c + (w − y) / (T lr)
-Option II's c_k⁺ is the mean of the round's gradients if the local optimiser is plain SGD, for which the paper writes
-it, and costs nothing; option I's holds for any optimiser, and its pass counts as steps, in time and in train_loss.
+Option II's c_k⁺ is the mean of the round's gradients if the local optimiser is plain SGD at one rate, for which the
+paper writes it, and costs nothing. Under momentum or a rate that moves within the round (client=fedhyper) it is off by
+their factor; option I's holds for any optimiser, and its pass counts as steps, in time and in train_loss.
 Personal parameters, of which the server knows nothing, take their own gradient.
 """
 

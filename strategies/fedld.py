@@ -5,11 +5,12 @@ For each tensor ("layer") with updates X (K, d) and the eigenpairs (s_j, e_j) of
     u_j = Xᵀ e_j / ‖Xᵀ e_j‖,   c_j = (1/K) \sum_i sign⟨x_i, u_j⟩ ‖x_i‖
     g = \sum_{j ≤ k} (s_j / \sum_l s_l) c_j u_j,   k = ⌊K · k_proportion⌋
 Since ⟨x_i, u_j⟩ = sqrt(K s_j) e_j[i], all of it is a function of the Gram matrix: g = Xᵀ a with a (K,).
-The first round, when there is no history yet, takes the mean.
+The first round, when there is no history yet, takes the mean; where nobody answers in it, no round does.
 
 The released code (Zeng-Shuang/FedLD, `svd_tools.py`) first flips u_j by a majority vote ("calibration"). The
 flip cancels in c_j u_j, so nothing is implemented for it. It also sends buffers (BatchNorm's running
-statistics) through the rule; here they are no part of the updates. Its other oddities are `preset=reference`.
+statistics) through the rule; here they are no part of the updates. It starts a tensor's history at the first round in
+which it moves, here all begin together. Its other oddities are `preset=reference`.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ class QFedAvg(LinearRule):
 
     Args:
         q: ≥ 0; 0 is FedAvg, larger is fairer. The paper tunes over 0.001 … 5.
-        client_lr: lr > 0 of the clients, 1/L; None is their own of each round, 1 outside of a run.
+        client_lr: lr > 0 of the clients, 1/L; None is their own of each round, 1 outside of a run. Factors on it that
+            others set (FedHyper-SL, FedHyper-CL) are not seen.
 
     Raises:
         ValueError: an argument out of its range.

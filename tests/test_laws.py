@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedsim.contracts import LinearRule
 from fedsim.errors import UserError
-from fedsim.laws import LAWS, check_strategy
+from fedsim.laws import LAWS, check_strategy, cohort_of
 from fedsim.testing import build_rule, strategy_names
 
 ADAPTIVE = "divides by the updates' own size, coordinate by coordinate"
@@ -57,6 +57,7 @@ def recorded():
     return str(folder)
 
 
+@cache
 def built(name):
     return build_rule(name, **({"run": recorded()} if name == "fedld_yoked" else {}))
 
@@ -76,6 +77,21 @@ def test_every_strategy_keeps_the_laws(name, seed, num_clients, sizes):
         sizes=sizes,
         seed=seed,
     )
+
+
+def test_what_rules_record_is_explained(pytestconfig):
+    explained = (pytestconfig.rootpath / "docs/metrics.md").read_text(encoding="utf-8")
+    unknown = set()
+    for name in strategy_names():
+        rule, rows = built(name), torch.linspace(-1, 2, 90).reshape(9, 10).double().sin()
+        extras = dict.fromkeys(getattr(rule, "reduced_extras", ()), rows)
+        extras |= dict.fromkeys(getattr(rule, "uploads", ()), torch.ones(9))
+        cohort = cohort_of(rows, round=2, extras=extras)
+        state = rule.init(cohort.layout, 9)
+        for _ in range(2):
+            _, state, metrics = rule(cohort, state)
+            unknown |= {f"{name}: {metric}" for metric in metrics if f"`{metric}`" not in explained}
+    assert sorted(unknown) == []
 
 
 @pytest.mark.parametrize("name", EXEMPT)

@@ -395,7 +395,8 @@ def test_scaffolds_first_round_has_no_correction(tmp_path):
 
 def test_scaffolds_control_is_a_gradient_after_one_step(tmp_path):
     # one step of SGD: (w − y) / lr = g − c_k + c, so that c_k⁺ = g_k(w) whatever c and c_k were
-    loop = start(tmp_path, Scaffold(), ScaffoldClient(), local_steps=1)
+    # of the round's own lr
+    loop = start(tmp_path, Scaffold(), ScaffoldClient(), local_steps=1, lr_decay=0.5)
     seen = models(loop, 3)
     want = [gradient(seen[2], k) for k in range(4)]
     np.testing.assert_allclose(loop.task.store.arrays["control"].numpy(), want, rtol=1e-9, atol=1e-12)
