@@ -160,6 +160,11 @@ class FedHyperCL(Wrapper):
 
     """
 
+    @property
+    def uploads(self) -> tuple[str, ...]:
+        """What it reads of clients: their factor on lr, and what the inner rule reads."""
+        return ("lr_scale", *getattr(self.rule, "uploads", ()))
+
     def memory(self, layout: Layout) -> State:
         """Return Δ = 0 (D,) and K = 1."""
         return {"previous": torch.zeros(layout.size), "num_participants": 1}
@@ -169,7 +174,17 @@ class FedHyperCL(Wrapper):
         return {"previous": state["previous"], "num_participants": float(state["num_participants"])}
 
     def turn(self, delta: Tensor, cohort: Cohort, state: State) -> tuple[Tensor, State, Metrics]:
-        """Return Δᵗ (D,); the clients' mean factor on lr in their last step is a metric."""
-        scales = cohort.extras.get("lr_scale")  # (K,)
-        metrics = {} if scales is None else {"lr_scale_mean": scales.double().mean()}
-        return delta, {"previous": delta, "num_participants": len(cohort)}, metrics
+        """Return Δᵗ (D,); the clients' mean factor on lr in their last step is a metric.
+
+        Raises:
+            ValueError: clients that do not adapt their rates: this would be the inner rule under another name.
+
+        """
+        if "lr_scale" not in cohort.extras:
+            raise ValueError("FedHyperCL needs clients that adapt their rates; choose client=fedhyper")
+        scales = cohort.extras["lr_scale"]  # (K,)
+        return (
+            delta,
+            {"previous": delta, "num_participants": len(cohort)},
+            {"lr_scale_mean": scales.double().mean()},
+        )

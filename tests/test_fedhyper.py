@@ -14,6 +14,7 @@ from fedsim.strategies.fedhyper import FedHyperCL, FedHyperG, FedHyperSL, hyperg
 from fedsim.strategies.fedper import FedPer
 from fedsim.strategies.krum import Krum
 from fedsim.strategies.median import Median
+from fedsim.strategies.qfedavg import QFedAvg
 from fedsim.strategies.scaffold import Scaffold
 from fedsim.testing import cohort_of
 
@@ -52,6 +53,14 @@ def test_g_by_hand(preset, rates):
     np.testing.assert_allclose([m["server_rate"] for m in seen], rates, rtol=1e-12)
     np.testing.assert_allclose([m["hypergradient"] for m in seen], [0, *PRODUCTS], rtol=1e-12)
     np.testing.assert_allclose(steps, np.array(rates) * deltas, rtol=1e-12)  # the new rate, on the same Δ
+
+
+@pytest.mark.parametrize(("kind", "rate"), [(FedHyperG, "server_rate"), (FedHyperSL, "lr_scale")])
+def test_kappa_multiplies_each_product(kind, rate):
+    _, seen = run(kind(kappa=0.25), deltas_with([4 * h for h in PRODUCTS]))
+    _, plain = run(kind(), deltas_with(PRODUCTS))
+    for name in ("hypergradient", rate):
+        np.testing.assert_allclose([m[name] for m in seen], [m[name] for m in plain], rtol=1e-12)
 
 
 def test_the_release_computes_1_plus_a_clipped_sum():
@@ -160,6 +169,13 @@ def test_cl_remembers_and_sends():
     assert torch.equal(sent["previous"], step)
     assert sent["num_participants"] == 3
     assert float(metrics["lr_scale_mean"]) == 3
+
+
+def test_cl_is_no_name_for_its_inner_rule():
+    rule, cohort = FedHyperG(rule=FedHyperCL(rule=QFedAvg())), cohort_of([[1.0, 0.0]])
+    assert rule.uploads == ("lr_scale", "received_loss")
+    with pytest.raises(ValueError, match="FedHyperCL needs clients that adapt their rates; choose client=fedhyper"):
+        FedHyperCL()(cohort, FedHyperCL().init(cohort.layout, 1))
 
 
 def released_factors(positions, previous=0.0, num_participants=10):
