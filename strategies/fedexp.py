@@ -2,8 +2,9 @@ r"""FedExP: a server rate of at least 1 that grows as the clients' updates cance
 
 Jhunjhunwala et al., ICLR 2023, eq. 2 and Algorithm 1. https://arxiv.org/abs/2301.09604
     η = max(1, \sum_k p_k ‖Δ_k‖² / (2 (‖\bar Δ‖² + ε))),   w ← w + η \bar Δ,   \bar Δ = \sum_k p_k Δ_k
-with p_k = 1/M in the paper, where clients count alike; here p_k = n_k / n, the same for clients of equal size.
-Departs from the paper: it reports the mean of the last two iterates; here the model is the last one.
+with p_k = 1/M in the paper, where clients count alike; here, as in the authors' code, p_k = n_k / n.
+Departs from the paper: it reports the mean of the last two iterates; here the model is the last one. Departs from the
+code (Divyansh03/FedExP): there ε is multiplied by the size of the cohort, and by 0.998² in each round.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class FedExP(LinearRule):
     """FedAvg with FedExP's extrapolation.
 
     Args:
-        epsilon: ε > 0, in units of ‖Δ‖²: a large one is FedAvg. The paper tunes it over 0.001, 0.0025, …, 0.1.
+        epsilon: ε > 0, in units of ‖Δ‖²: a large one is FedAvg. The authors' code has 0.001, and 0.1 on EMNIST.
 
     Raises:
         ValueError: an argument out of its range.
@@ -35,7 +36,7 @@ class FedExP(LinearRule):
 
     def __post_init__(self) -> None:
         if not 0 < self.epsilon < float("inf"):
-            raise ValueError(f"FedExP needs a finite epsilon > 0, got {self.epsilon}; 0.001 as in the paper")
+            raise ValueError(f"FedExP needs a finite epsilon > 0, got {self.epsilon}; 0.001 as in the authors' code")
 
     def finish(self, mean: Tensor, sums: Sums, state: State) -> tuple[Tensor, State, Metrics]:
         """Return η times the mean (D,); η is a metric."""
