@@ -24,8 +24,8 @@ class Ditto:
     """Ditto's client objective, for the twin models that `strategy=ditto` makes.
 
     Args:
-        ditto_lambda: λ ≥ 0; 0 trains the personal model alone, a large one holds it at the global model. The paper
-            tunes over 0.05, 0.1, 1 (and more under attack).
+        ditto_lambda: λ ≥ 0; 0 trains the personal model alone, a large one holds it at the global model. The authors'
+            code (litian96/ditto), where λ is dynamic, picks among 0.1, 1 and 2 in each step.
 
     Raises:
         ValueError: an argument out of its range.

@@ -4,7 +4,8 @@ Li et al., ICML 2021, Algorithm 1. https://arxiv.org/abs/2012.04221 (the objecti
     w ← \sum_k (n_k / n) w_k as FedAvg,   v_k ← v_k − lr (∇L_k(v_k) + λ (v_k − w_received))
 Both move in the same steps, on the same batches; clients are evaluated with v_k. v_k starts at the initial model; a
 client that never trained, such as a held-out one, has none, is evaluated with w, and adapts from it with the same λ.
-Running statistics of both models are treated alike, as the run's `buffers` says.
+Running statistics of both models are treated alike, as the run's `buffers` says. Departs from the paper: there clients
+are drawn by their samples and averaged plainly, here as in FedAvg.
 """
 
 from __future__ import annotations
