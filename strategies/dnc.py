@@ -5,7 +5,8 @@ Shejwalkar & Houmansadr, NDSS 2021, Algorithm 2. https://doi.org/10.14722/ndss.2
             s_k = ⟨Δ_{k,S} − mean, v⟩²;  G_i: the K − c f clients of least s_k
     output the mean over the clients in every G_i
 s_k is read off the first eigenvector of the centred K×K Gram matrix. Where no client is in every G_i, which the
-paper does not speak of, those in the most are taken. Clients count once whatever their samples.
+paper does not speak of, those in the most are taken. Clients count once whatever their samples. Beside one update that
+is 10^16 times as long the scores of all others are equal but for rounding: put `clip` or `arc` before it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fedsim.contracts import Cohort, Metrics, State
 from fedsim.layout import Layout
-from fedsim.linalg import beside, combine, gram, proportions
+from fedsim.linalg import beside, combine, products, proportions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class DnC:
 
 def outlier_scores(updates: Tensor) -> Tensor:
     """Return ⟨x_k − mean, v⟩² (K,) of rows (K, D), v their first principal direction."""
-    inner = gram(updates)  # (K, K)
+    inner = products(updates)  # (K, K)
     inner = inner - inner.mean(0) - inner.mean(1, keepdim=True) + inner.mean()  # of the centred rows
     values, vectors = torch.linalg.eigh(inner)
     scores: Tensor = values[-1].clamp_min(0) * vectors[:, -1].square()  # (K,)

@@ -233,6 +233,15 @@ def test_dnc_scores_and_choice_against_an_svd(seed, f):
     np.testing.assert_allclose(got, rows[kept].mean(0), rtol=1e-9, atol=1e-12)
 
 
+def test_dnc_finds_who_sticks_out_of_a_common_offset():
+    """Float32 products of rows of norm 20 differ by rounding alone where rows do by 0.01."""
+    rng = np.random.default_rng(0)
+    rows = (rng.normal(size=(9, 400)) * 1e-4 + 1.0).astype(np.float32)
+    rows[[2, 5]] += np.float32(5e-4) * np.sign(rng.normal(size=400)).astype(np.float32)
+    _, _, metrics = DnC(num_byzantine=2)(cohort_of(torch.from_numpy(rows)), {})
+    assert (~metrics["selected"]).nonzero().flatten().tolist() == [2, 5]
+
+
 def test_dnc_intersects_its_draws():
     rows = np.zeros((6, 2))
     rows[:, 0] = [9, 1, 2, 3, 2, 1]

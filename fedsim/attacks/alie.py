@@ -4,6 +4,7 @@ Baruch, Baruch & Goldberg, NeurIPS 2019, Algorithm 3. https://arxiv.org/abs/1902
     Δ_k = μ − z σ,   z = Φ^{-1}((K − F − s) / (K − F)),   s = ⌊K/2 + 1⌋ − F
 coordinate by coordinate, σ the population standard deviation (the authors' code; not the unbiased one). With z as
 given, s honest updates are expected to lie farther out than the attackers: together they are a majority.
+The paper's attackers estimate μ and σ from their own updates, which is `knowledge=own`; unless told so, all are seen.
 Departs from the paper where it has no answer: s is at least 1 and z at least 0.
 """
 

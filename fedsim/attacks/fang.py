@@ -1,11 +1,12 @@
 r"""Fang's attack on trimmed mean and median: just beyond the honest extremes, against the direction of change.
 
-Fang et al., USENIX Security 2020, §4.3 (full knowledge; with `knowledge=own` from the attackers' own updates).
-https://arxiv.org/abs/1911.11815
+Fang et al., USENIX Security 2020, §4.3, full knowledge. https://arxiv.org/abs/1911.11815
     s_j = sign of μ_j, the honest direction.   With b > 1, uniformly and for each attacker apart:
     s_j < 0:  Δ_kj in [max_j, b max_j] if max_j > 0, else [max_j, max_j / b]
     s_j ≥ 0:  Δ_kj in [min_j / b, min_j] if min_j > 0, else [b min_j, min_j]
 The paper states it on parameters; on updates the received model is the origin.
+Departs from the paper with `knowledge=own`: μ and the extremes are those of the attackers' own updates, where the paper
+draws from three to four of their standard deviations beyond their mean.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@ r"""Optimised attacks: those that know the server's rule and choose their streng
 
 Allouah et al., AISTATS 2023 ("Fixing by mixing"), experiments: ALIE and IPM ("FOE") by line search each round.
 https://arxiv.org/abs/2302.01772
-    t* = argmax_t ‖F(honest updates, attack at strength t) − μ‖,   F the rule with its present memory
+    t* = argmax_t ‖F(honest updates, attack at strength t) − μ‖,   F the rule with its present memory and its draws
 """
 
 from __future__ import annotations
