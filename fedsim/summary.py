@@ -56,7 +56,8 @@ def summarised(experiment: Experiment, loop: Loop, *, setup: float) -> dict[str,
     due = experiment.evaluation.due
     adversary = None if loop.uplink is None else loop.uplink.adversary
     evaluated = [row for row in rows if row.get("evaluated") and due(row["round"], loop.round).server]
-    best = max(evaluated, key=lambda row: row.get("validation_accuracy") or -1.0, default={})
+    validated = [row for row in evaluated if row.get("validation_accuracy") is not None]
+    best = max(validated, key=lambda row: row["validation_accuracy"], default={})
     return {
         "status": "stopped" if loop.stopping.reason else "done",
         "stopped": loop.stopping.reason,

@@ -60,3 +60,11 @@ def test_the_plan_says_who_attacks():
 
 def test_an_attack_has_two_tenths_of_the_clients_unless_told(tmp_path):
     assert run(tmp_path, "attack=alie", "partition.num_clients=10").summary["num_attackers"] == 2
+
+
+def test_the_best_round_is_chosen_on_validation_data_or_not_at_all(tmp_path):
+    result = run(tmp_path, "metrics.every=1")
+    best = max(result.rounds, key=lambda row: row["validation_accuracy"])
+    assert result.summary["best_validation"]["round"] == best["round"]
+    without = fedsim.simulate(*TINY, "metrics.every=1", "data.validation=0", folder=tmp_path / "without")
+    assert set(without.summary["best_validation"].values()) == {None}
