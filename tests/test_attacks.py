@@ -32,12 +32,16 @@ from fedsim.attacks.nonfinite import NonFinite
 from fedsim.attacks.optimised import Optimised, line_maximum
 from fedsim.attacks.random_uniform import Random
 from fedsim.attacks.sign_flip import SignFlip
+from fedsim.build import build
 from fedsim.build_uplink import check_uplink
+from fedsim.config import compose
+from fedsim.console import Observer
 from fedsim.contracts import Dataset, Partition
 from fedsim.errors import UserError
 from fedsim.evaluation import _dealt
 from fedsim.laws import cohort_of
 from fedsim.layout import Layout
+from fedsim.loop import Loop
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.krum import Krum
 from fedsim.strategies.median import Median
@@ -592,6 +596,21 @@ def test_attackers_change_their_own_rows_alone_and_stay_the_same(tmp_path):
     far = np.linalg.norm(attacked.numpy().mean(0) - mean) / np.linalg.norm(mean)
     assert math.isclose(row["honest_distance"], far, rel_tol=1e-4)  # float32 rows
     assert row["honest_accuracy_mean"] != row["client_accuracy_mean"]
+
+
+@pytest.mark.parametrize("words", [("compressor=error_feedback",), ("strategy=scaffold",)], ids=["errors", "controls"])
+def test_what_attackers_send_leaves_what_clients_keep_alone(tmp_path, words):
+    """Attackers train, compress and keep like everybody else: no state is that of a poisoned update."""
+    kept = []
+    for name, attack in (("a", ()), ("b", ("attack=sign_flip", "attack.scale=1e3", "attack.fraction=0.3"))):
+        loop = Loop(build(compose([*SMALL, *words, *attack, "num_rounds=1"])), tmp_path / name, Observer())
+        loop.run()
+        store = loop.uplink.store if "compressor" in words[0] else loop.task.store
+        kept.append(store.get(np.arange(10), torch.device("cpu")))
+    assert kept[0].keys() == kept[1].keys() != set()
+    for name, value in kept[0].items():
+        assert value.any()
+        assert torch.equal(value, kept[1][name])
 
 
 @pytest.mark.parametrize("kind", ["infinity", "not_a_number"])

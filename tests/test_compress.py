@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedsim import simulate
+from fedsim.build import build
 from fedsim.compress import qsgd
 from fedsim.compress.contract import Senders, index_bits, num_kept, packed
 from fedsim.compress.ef21 import EF21 as EF21Client
@@ -19,10 +20,14 @@ from fedsim.compress.error_feedback import ErrorFeedback
 from fedsim.compress.qsgd import QSGD
 from fedsim.compress.random_k import RandomK
 from fedsim.compress.top_k import TopK
+from fedsim.config import compose
+from fedsim.console import Observer
 from fedsim.errors import UserError
 from fedsim.laws import cohort_of
 from fedsim.layout import Layout
 from fedsim.local import LocalTraining
+from fedsim.loop import Loop
+from fedsim.metrics.records import RoundLog
 from fedsim.strategies.ef21 import EF21, step_size, xi
 from fedsim.uplink import Uplink
 
@@ -340,6 +345,17 @@ def test_server_and_clients_stay_in_step_whoever_takes_part(weighted):
     assert (np.count_nonzero(first, axis=1) == [0, 0, 2, 0]).all()  # who is skipped keeps what it had
 
 
+def test_a_far_flatter_client_weighs_a_millionth_on_both_sides():
+    """1/(n w) of w = 1e-12 would be beyond float32's digits: no weight is below 1e-6, and the two halves agree."""
+    smoothness = (1e-9, 1.0, 1.0, 2.0)
+    rule = EF21(smoothness=smoothness, weighted=True)
+    cohort = cohort_of(np.zeros((4, 2)))
+    weights = rule.coefficients(cohort, rule.init(cohort.layout, 4))
+    scale = EF21Client(compressor=TopK(), smoothness=smoothness, weighted=True)._scale(senders(4))
+    np.testing.assert_allclose(weights, np.array([1e-6, 0.25, 0.25, 0.5]) / (1 + 1e-6), rtol=1e-6)
+    np.testing.assert_allclose(4 * weights * scale, 1, rtol=1e-12)
+
+
 def test_the_new_step_gains_on_the_old_one():
     problem, rounds = Quadratics(), 300
     norms = {}
@@ -436,6 +452,33 @@ def test_what_clients_keep_is_resumed(tmp_path, name):
     parts = resume(tmp_path / "b", ["num_rounds=4"], Observer())
     a, b = (load_file(r.folder / "model.safetensors") for r in (whole, parts))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Fails:
+    """Cross-entropy that the client with so many samples never ends."""
+
+    def __init__(self, num_samples):
+        self.num_samples = num_samples
+
+    def loss(self, model, params, batch, context):
+        if int(context.num_samples) == self.num_samples:
+            raise RuntimeError("gone")
+        return torch.nn.functional.cross_entropy(model(params, batch.x), batch.y), {}
+
+
+def test_a_client_that_fails_keeps_its_estimate_and_the_sum_stays_that_of_all(tmp_path):
+    words = ("strategy=ef21", "compressor.compressor.fraction=0.1", "on_client_error=drop", "engine=sequential")
+    words = (*SMALL[:2], *words, "fraction=0.6", "dtype=float64", "num_rounds=5")
+    sizes = build(compose(list(words))).splits.train.sizes
+    (unlucky,) = np.flatnonzero(sizes == (lost := int(sizes.max())))
+    experiment = build(compose(list(words)), {"client": Fails(lost)})
+    loop = Loop(experiment, tmp_path, Observer())
+    loop.run()
+    estimates = loop.uplink.store.get(np.arange(8), torch.device("cpu"))["estimate"]
+    assert sum(row["num_dropped"] for row in RoundLog.read(tmp_path / "rounds.jsonl")) > 0
+    assert not estimates[unlucky].any()
+    assert estimates.any(1).sum() > 3
+    np.testing.assert_allclose(loop.strategy.state["sum"], estimates.mean(0), rtol=1e-10, atol=1e-14)
 
 
 def test_bits_do_not_depend_on_the_cohort():
