@@ -419,6 +419,15 @@ def test_attackers_are_keyed_nested_and_counted():
     assert len(set(others)) > 10
 
 
+def test_an_attack_has_a_seed_of_its_own_or_the_runs():
+    def attackers(*words):
+        made = build(compose(["model=logreg", "partition.seed=7", "attack=alie", "attack.fraction=0.3", *words]))
+        return tuple(np.flatnonzero(made.uplink.adversary.byzantine).tolist())
+
+    assert attackers("attack.seed=3", "seed=0") == attackers("attack.seed=3", "seed=1") == attackers("seed=3")
+    assert len({attackers(f"seed={seed}") for seed in range(3)}) > 1
+
+
 def adversary(attack, fraction=0.4, **settings):
     return Adversary(attack, clients=np.arange(10), num_clients=10, fraction=fraction, **settings)
 
