@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -307,6 +308,14 @@ def test_wrong_arguments_are_named():
         RuleStrategy(FedAvg(), fraction_evaluate=2)
     with pytest.raises(ValueError, match="min_nodes must be >= 1, got 0"):
         RuleStrategy(FedAvg(), min_nodes=0)
+
+
+@pytest.mark.parametrize(("fraction", "size"), [(0.3, 3), (0.25, 3), (0.01, 1), (1.0, 10)])
+def test_a_deployments_cohort_is_its_fraction_however_many_nodes_are_waited_for(fraction, size):
+    connected = SimpleNamespace(get_node_ids=lambda: list(range(100, 110)))
+    nodes, count = RuleStrategy(FedAvg(), fraction=fraction, min_nodes=10)._sample(1, connected, fraction)
+    assert (len(nodes), count) == (size, 10)
+    assert set(nodes) <= set(range(100, 110))
 
 
 def test_clipping_on_the_clients_leaves_short_updates_and_zero_alone():

@@ -166,7 +166,7 @@ class RuleStrategy(RuleShell, Strategy):
             time.sleep(1.0)
         for node in connected:
             self._client_of.setdefault(node, len(self._client_of))
-        size = min(len(connected), max(self.min_nodes, round_half_up(fraction * len(connected))))
+        size = max(1, round_half_up(fraction * len(connected)))
         chosen = generator(self.seed, "cohort", round).choice(len(connected), size=size, replace=False)
         return [connected[i] for i in sorted(chosen)], len(connected)
 
