@@ -249,14 +249,18 @@ def square_norms(updates: Rows) -> Tensor:
         for _, block in blocks(updates, BLOCK):
             total += torch.linalg.vecdot(block, block)
         return total
-    if updates.device.type == "cpu" and len(updates):
+    if updates.device.type == "cpu" and len(updates):  # vecdot writes all products first
         threads = threads_for(updates.device) if updates.shape[1] >= BLOCK else 1
+        if threads < 2:
+            return _squares(updates)  # (K,)
         some = -(-len(updates) // threads)  # whole rows: no sum hangs on how many threads there are
-        parts = [updates[first : first + some] for first in range(0, len(updates), some)]
-        dots = each(lambda rows: [torch.dot(row, row) for row in rows], parts, threads)
-        return torch.stack([square for part in dots for square in part])  # (K,) vecdot writes all products first
+        return torch.cat(each(_squares, [updates[k : k + some] for k in range(0, len(updates), some)], threads))
     squares: Tensor = torch.linalg.vecdot(updates, updates)  # (K,)
     return squares
+
+
+def _squares(rows: Tensor) -> Tensor:
+    return torch.stack([torch.dot(row, row) for row in rows])  # (k,)
 
 
 def finite_rows(updates: Tensor) -> Tensor:

@@ -154,7 +154,8 @@ def _reduce(rows: Rows, statistic: Callable[[int], Statistic], chosen: Tensor | 
 
     threads = threads_for(result.device)
     parts = blocks(source, width)
-    with one_thread_a_product(result.device) if isinstance(rows, Mapped) else nullcontext():
+    multiplied = isinstance(rows, Mapped) and rows.by.dim() == 2
+    with one_thread_a_product(result.device) if multiplied else nullcontext():
         if threads < 2:
             fill(parts)
         else:

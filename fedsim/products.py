@@ -80,20 +80,25 @@ def _by_torch(rows: Tensor, vector: Tensor | None) -> Tensor:
 
 
 def _by_numpy(rows: Tensor, vector: Tensor | None) -> Tensor:
-    values, count = rows.numpy(), len(rows)
-    total = np.zeros((count + 1, count + 1))
-    row, column = values.strides
-    whole = values.shape[1] // PRODUCT
+    x, v = rows.numpy(), None if vector is None else vector.numpy()  # (K, d), (d,)
+    total = np.zeros((len(x) + 1, len(x) + 1))
+    number = x.shape[1] // PRODUCT
+    first = number * PRODUCT
     with np.errstate(all="ignore"):  # what overflows is infinite, as in torch
-        for first, number, width in ((0, whole, PRODUCT), (whole * PRODUCT, 1, values.shape[1] % PRODUCT)):
-            if not number * width:
-                continue
-            x = as_strided(values[:, first:], (number, count, width), (width * column, row, column))  # (n, K, w)
-            total[:-1, :-1] += np.matmul(x, x.transpose(0, 2, 1)).sum(0, dtype=np.float64)
-            if vector is not None:
-                v = vector.numpy()[first : first + number * width].reshape(number, width, 1)
-                total[:-1, -1] += np.matmul(x, v).sum(0, dtype=np.float64)[:, 0]
-                total[-1, -1] += np.matmul(v.transpose(0, 2, 1), v).sum(dtype=np.float64)
+        if number:
+            row, column = x.strides
+            parts = as_strided(x, (number, len(x), PRODUCT), (PRODUCT * column, row, column))  # (n, K, w)
+            total[:-1, :-1] = np.matmul(parts, parts.transpose(0, 2, 1)).sum(0, dtype=np.float64)
+            if v is not None:
+                of_v = v[:first].reshape(number, PRODUCT, 1)
+                total[:-1, -1] = np.matmul(parts, of_v).sum(0, dtype=np.float64)[:, 0]
+                total[-1, -1] = np.matmul(of_v.transpose(0, 2, 1), of_v).sum(dtype=np.float64)
+        if first < x.shape[1]:
+            rest = x[:, first:]
+            total[:-1, :-1] += rest @ rest.T
+            if v is not None:
+                total[:-1, -1] += rest @ v[first:]
+                total[-1, -1] += v[first:] @ v[first:]
     return torch.from_numpy(total)
 
 
@@ -112,9 +117,10 @@ def square_distances_to(vector: Tensor, updates: Tensor, dtype: torch.dtype | No
     def part(given: tuple[slice, Tensor]) -> Tensor:
         columns, block = given
         total = home.new_zeros(len(updates), dtype=torch.float64)  # (K,)
+        memory = home.new_empty(len(updates), min(PRODUCT, block.shape[1]), dtype=dtype)
         for first in range(0, block.shape[1], PRODUCT):
-            x, v = block[:, first : first + PRODUCT], vector[columns][first : first + PRODUCT]
-            away = x.to(dtype) - v.to(dtype)  # (K, d)
+            x, v = block[:, first : first + PRODUCT].to(dtype), vector[columns][first : first + PRODUCT].to(dtype)
+            away = torch.sub(x, v, out=memory[:, : len(v)])  # (K, d)
             if not by_numpy(home.device, dtype):
                 total += torch.linalg.vecdot(away, away)
                 continue
@@ -145,11 +151,11 @@ _threads = Lock()
 def _blas() -> Any:
     from threadpoolctl import ThreadpoolController  # looks through the libraries that are loaded: a dozen milliseconds
 
-    return ThreadpoolController()
+    return ThreadpoolController().select(user_api="blas")
 
 
 @contextmanager
 def one_thread_a_product(device: torch.device) -> Iterator[None]:
     """Have NumPy's products done by the thread that asks, so that no sum hangs on how many there are."""
-    with _threads, _blas().limit(limits=1, user_api="blas") if device.type == "cpu" else nullcontext():
+    with _threads, _blas().limit(limits=1) if device.type == "cpu" else nullcontext():
         yield

@@ -74,6 +74,7 @@ def test_the_same_bits_where_a_block_is_sorted(llvm, monkeypatch, value):
     monkeypatch.setattr(order, "WIDTH", 32)
     rows = hard_rows(9, 160, torch.float64)
     rows[4, 70] = value
+    rows[3, 130] = value
     rows[4:, 100] = value
     rows[:4, 100] = -value
     assert torch.equal(*both(monkeypatch, lambda: order.median(rows)))
