@@ -240,6 +240,10 @@ def row_norms(updates: Rows) -> Tensor:
     return squares.sqrt()
 
 
+def _squares(rows: Tensor) -> Tensor:
+    return torch.stack([torch.dot(row, row) for row in rows])  # (k,)
+
+
 def square_norms(updates: Rows) -> Tensor:
     """Return ‖x_k‖² (K,) of updates (K, D) in their own precision."""
     if isinstance(updates, Mapped):
@@ -257,10 +261,6 @@ def square_norms(updates: Rows) -> Tensor:
         return torch.cat(each(_squares, [updates[k : k + some] for k in range(0, len(updates), some)], threads))
     squares: Tensor = torch.linalg.vecdot(updates, updates)  # (K,)
     return squares
-
-
-def _squares(rows: Tensor) -> Tensor:
-    return torch.stack([torch.dot(row, row) for row in rows])  # (k,)
 
 
 def finite_rows(updates: Tensor) -> Tensor:
