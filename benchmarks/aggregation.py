@@ -55,7 +55,7 @@ UNLIKE = {
     "byzfl": ("krum", "multi_krum", "geometric_median"),
     "flower": ("krum", "multi_krum", "bulyan"),
 }
-TOLERANCE = 1e-4  # relative, of results that have to agree
+TOLERANCE = 1e-3  # relative, of results that have to agree
 SETTINGS = {"centered_clipping_once": ("centered_clipping", {"num_iterations": 1})}  # sides that are a rule set so
 ROWS = ("nnm", "arc")  # wrappers, which are timed around the trimmed mean where nothing else is said
 SHARE_BYZANTINE = 5  # one client in five
@@ -159,9 +159,13 @@ def measure(names: Iterable[str], count: int, size: int, options: harness.Option
 
 
 def draw(count: int, size: int) -> Cohort:
-    """Return `count` updates around a common direction, in tensors of unequal sizes, with unequal weights."""
+    """Return `count` updates around a common direction, in tensors of unequal sizes, with unequal weights.
+
+    They are unequally far from it: of equally near neighbours float32 chooses at random, and results differ.
+    """
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(count, size, generator=generator)  # (K, D)
+    rows *= 0.5 + torch.randperm(count, generator=generator)[:, None] / count
     rows += torch.randn(size, generator=generator)
     weights = torch.rand(count, generator=generator) + 0.5  # (K,)
     sizes = [round(share * size) for share in TENSORS[:-1]]
