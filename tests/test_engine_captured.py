@@ -565,3 +565,46 @@ def test_nobody_computes_a_tensor_for_its_dtype_alone():
     given = [torch.zeros(3, 3).double(), torch.zeros(3, 3).double(), torch.tensor(5.0).double()]
     assert "mm" not in program.body
     assert [value.tolist() for value in program(given)] == [6.0, [0.0] * 3]
+
+
+def sums(given):
+    """A step along DᵀX + μ (W − R) − G, G an input."""
+    weight, received, drift, d, x, rate, mu = given
+    grad = d.t().mm(x) + (weight - received) * mu - drift
+    weight.addcmul_(grad, rate, value=-1)
+    return [d.sum()]
+
+
+def written_between(given):
+    """As `sums`, but what is in the sum moves before the step."""
+    weight, received, drift, d, x, rate, mu = given
+    grad = d.t().mm(x) + (weight - received) * mu - drift
+    weight.add_(1.0)
+    d.mul_(2.0)
+    weight.addcmul_(grad, rate, value=-1)
+    return [d.sum()]
+
+
+def pulled_twice(given):
+    """Two pulls, both of the weight as it was."""
+    weight, received, drift, d, x, rate, mu = given
+    weight.addcmul_((weight - received) * mu + (weight - drift) * mu, rate, value=-1)
+    return [d.sum() + x.sum()]
+
+
+@pytest.mark.parametrize("function", [sums, written_between, pulled_twice])
+def test_a_step_along_a_sum_is_taken_term_by_term(function):
+    def inputs():
+        rng = torch.Generator().manual_seed(2)
+        shapes = [(6, 5), (6, 5), (6, 5), (3, 6), (3, 5), (), ()]
+        return [torch.rand(shape, generator=rng, dtype=torch.float64) for shape in shapes]
+
+    program = record(function, inputs())
+    mine, theirs = inputs(), inputs()
+    left, wanted = program(mine), function(theirs)
+    for a, b in zip([*left, *mine], [*wanted, *theirs], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+    if function is sums:  # nothing of the weight's size is written beside the weight
+        assert [name for name in ("lerp_", "addmm_", "addcmul_", "sub(", "mm(", "add(") if name in program.body] == [
+            "lerp_", "addmm_", "addcmul_",
+        ]  # fmt: skip

@@ -17,6 +17,7 @@ from fedsim.engine.deferred import Deferral, crossed, deferred, met, sampled
 from fedsim.engine.factors import Factors, entries, factored, products
 from fedsim.engine.operations import Op, Ref, aten, each, read
 from fedsim.engine.rewrite import ahead, biases, early, into_place, live, ones, unread, without_aliases
+from fedsim.engine.spread import spread
 
 _NAME = re.compile(r"\bv\d+\b")  # of a value
 
@@ -162,7 +163,8 @@ def record(
     with recorder:
         results = [recorder.known(result) for result in function(inputs)]
     ops, results = without_aliases(unread(recorder.ops, inputs), results)
-    ops = early(live(biases(into_place(live(ops, results), results)), results))
+    ops = spread(into_place(live(ops, results), results), results)
+    ops = early(live(biases(live(ops, results)), results))
     first = len(inputs) - carried
     asked = {number - first for number in entries(ops, results, range(first, len(inputs)))}
     kept = frozenset({place - 1 for place in products(ops, results) if place} - asked)
