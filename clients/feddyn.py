@@ -55,5 +55,5 @@ class FedDyn:
 
     def finish(self, params: Params, context: Context) -> tuple[dict[str, Tensor], dict[str, Tensor], None]:
         """Keep g_k − α (θ − w) (D,)."""
-        moved = context.layout.join(params) - context.layout.join(context.received)  # (D,)
-        return {"gradient": context.client_state["gradient"] - self.proximal_mu * moved}, {}, None
+        moved = context.layout.join({name: params[name] - w for name, w in context.received.items()})  # (D,)
+        return {"gradient": context.client_state["gradient"] - moved.mul_(self.proximal_mu)}, {}, None

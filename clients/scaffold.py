@@ -46,9 +46,9 @@ class Scaffold:
     def finish(self, params: Params, context: Context) -> tuple[dict[str, Tensor], dict[str, Tensor], None]:
         """Keep c_k⁺ (D,) and upload c_k⁺ − c_k (D,)."""
         layout = context.layout
-        moved = layout.join(context.received) - layout.join(params)  # (D,)
+        moved = layout.join({name: w - params[name] for name, w in context.received.items()})  # (D,)
         # One after the other: a batched engine's num_steps is an integer tensor, which times lr would be float32.
-        change = moved / context.num_steps / context.lr - context.broadcast["control"]  # (D,)
+        change = moved.div_(context.num_steps).div_(context.lr).sub_(context.broadcast["control"])  # (D,)
         return {"control": context.client_state["control"] + change}, {"control_change": change}, None
 
 

@@ -608,3 +608,34 @@ def test_a_step_along_a_sum_is_taken_term_by_term(function):
         assert [name for name in ("lerp_", "addmm_", "addcmul_", "sub(", "mm(", "add(") if name in program.body] == [
             "lerp_", "addmm_", "addcmul_",
         ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Remembers(CrossEntropy):
+    """Keeps a sum over rounds, and sends what it was."""
+
+    def finish(self, params, context):
+        before = context.client_state["sum"]
+        return {"sum": before + context.layout.join(params)}, {"before": before * 2}, None
+
+
+def test_rows_without_a_step_keep_their_state_and_send_nothing(capture):
+    task = replace(make_task(objective=Remembers()), partition=Partition(np.arange(30), np.array([0, 20, 20, 30])))
+    D = task.shared.size
+    task = replace(task, store=ClientStore(3, {"sum": torch.zeros(D, dtype=torch.float64)}))
+    start = torch.randn(D, generator=RNG, dtype=torch.float64)
+    state = torch.arange(3.0 * D, dtype=torch.float64).view(3, D)
+    job = make_job(
+        task,
+        clients=np.arange(3),
+        received=np.zeros(3, dtype=np.int64),
+        models={0: start},
+        state={"sum": state.clone()},
+    )
+    updates, block = trained(capture(task), job)
+    assert torch.equal(job.state["sum"], state)  # whoever trains a row again finds what it began with
+    torch.testing.assert_close(block.state["sum"][[0, 2]], (state + start + updates)[[0, 2]])
+    torch.testing.assert_close(block.extras["before"][[0, 2]], 2 * state[[0, 2]])
+    assert torch.equal(block.state["sum"][1], state[1])
+    assert not block.extras["before"][1].any()
+    assert not updates[1].any()

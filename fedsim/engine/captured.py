@@ -111,13 +111,13 @@ class Captured:
         self, task: Task, job: Job, out: Tensor | None, summed: tuple[list[float], Tensor] | None, *, here: bool
     ) -> Callable[[], Block]:
         step, order = self.step, local_round(task, job, 0, task.phases[0])
-        block = room(task, job, order.num_steps)
         play, starts, common = self._versions(job, summed=summed is not None)
+        block = room(task, job, order.num_steps, play.keeps)
         corrections = step.corrections(job.lr, int(order.num_steps.max(initial=0)))
         kept = [block.state[LOCAL + name] for name in task.local.names]
-        own = self._own(task, job, order.num_steps, block)
+        own = self._own(task, job, order.num_steps)
         left = play.room(block)
-        rows = _busy(order.num_steps, block, out)
+        rows = _busy(order.num_steps, job, block, out)
         parts = _blocks(rows) if summed else _shares(rows, order.num_steps, 4 * self._threads)
         steps = Steps(task, job, order, np.concatenate([rows[:0], *parts]), play.sizes)
         loop = play.loop(steps)
@@ -189,7 +189,7 @@ class Captured:
         ]
         return play, starts, common
 
-    def _own(self, task: Task, job: Job, num_steps: Int64, block: Block) -> list[Tensor]:
+    def _own(self, task: Task, job: Job, num_steps: Int64) -> list[Tensor]:
         """Return what is a client's own in the context of an objective, (K, …) each."""
         if not self.step.situated:
             return []
@@ -198,7 +198,7 @@ class Captured:
             torch.from_numpy(task.partition.sizes[job.clients]),
             row_keys(task, job),
         )
-        return [*(block.state[name] for name in self.step.state), *numbers]
+        return [*(job.state[name] for name in self.step.state), *numbers]
 
     def _play(self, sent: Mapping[str, Any], *, pulled: bool) -> Play:
         """Return the programs of rounds in which the rule sends what is named and formed like this.
@@ -226,10 +226,14 @@ def _form(value: Any) -> tuple[Any, ...]:
     return (tuple(value.shape), str(value.dtype)) if isinstance(value, Tensor) else (type(value).__name__,)
 
 
-def _busy(num_steps: Int64, block: Block, out: Tensor | None) -> Int64:
-    """Return the rows that have a step; the others' updates are zero."""
+def _busy(num_steps: Int64, job: Job, block: Block, out: Tensor | None) -> Int64:
+    """Return the rows that have a step; the others' updates and uploads are zero, and their state is what it was."""
     idle = torch.from_numpy(np.flatnonzero(num_steps == 0))
     block.square_norms[idle] = 0
+    for value in block.extras.values():
+        value[idle] = 0
+    for name, value in block.state.items():
+        value[idle] = job.state[name][idle]
     if out is not None:
         out[idle] = 0
     return np.flatnonzero(num_steps)

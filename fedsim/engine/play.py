@@ -170,6 +170,11 @@ class Play:
         count = len(given) - step.num_inputs(kind) - len(values)
         return [*given[:count], *given[len(given) - len(values) :]]
 
+    @property
+    def keeps(self) -> list[str]:
+        """Names of the client's state that a round ends with."""
+        return [name.removeprefix("state/") for name, _ in self.leaves if name.startswith("state/")]
+
     def room(self, block: Block) -> list[Tensor]:
         """Return where a round leaves what it ends with, (K, …) each; what is new is made room for in a block."""
         places = []
@@ -178,7 +183,7 @@ class Play:
             if group == "state":
                 places.append(block.state[key])
             elif group == "extra":
-                empty = value.new_zeros(len(block.weights), *value.shape)
+                empty = value.new_empty(len(block.weights), *value.shape)
                 places.append(block.extras.setdefault(key, empty))
             else:
                 places.append(block.weights)

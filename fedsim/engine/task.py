@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -189,8 +189,8 @@ def row_keys(task: Task, job: Job) -> Tensor:
     return torch.from_numpy(bits.astype(np.int64)).to(task.device)
 
 
-def room(task: Task, job: Job, num_steps: Int64) -> Block:
-    """Return the block that chunks write into."""
+def room(task: Task, job: Job, num_steps: Int64, written: Collection[str] = ()) -> Block:
+    """Return the block that chunks write into; state that is `written` for every row has no value yet."""
     count, device = len(job), task.device
     return Block(
         square_norms=torch.empty(count, dtype=task.dtype, device=device),
@@ -198,7 +198,7 @@ def room(task: Task, job: Job, num_steps: Int64) -> Block:
         num_steps=torch.from_numpy(num_steps),
         extras={"train_loss": torch.zeros(count, dtype=task.dtype, device=device)},
         buffers=torch.zeros(count, 0, dtype=task.dtype, device=device),
-        state={name: value.clone() for name, value in job.state.items()},
+        state={n: torch.empty_like(v) if n in written else v.clone() for n, v in job.state.items()},
     )
 
 
