@@ -88,7 +88,7 @@ class ClientStore:
 
     def _rows(self, clients: Int64) -> dict[str, Tensor]:
         rows = torch.from_numpy(clients)
-        return {name: array[rows] for name, array in self.arrays.items()}
+        return {name: array.index_select(0, rows) for name, array in self.arrays.items()}
 
     def _open(self) -> Any:
         if self._file is None:
