@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, linalg
 from torch.nn import functional
 
 from fedsim.clients.cross_entropy import CrossEntropy
 from fedsim.contracts import Batch, Context, Model
 from fedsim.layout import Layout, Params
+
+EPS = 1e-8  # least length that features are divided by, as torch's own cosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +64,16 @@ class Moon:
         with torch.no_grad():
             z_global = model.features(dict(context.received), batch.x)  # (B, F)
             z_previous = model.features(previous, batch.x)  # (B, F)
-        closer = torch.cosine_similarity(z, z_previous, dim=-1) - torch.cosine_similarity(z, z_global, dim=-1)  # (B,)
+            away = _unit(z_previous) - _unit(z_global)  # (B, F)
+        closer = linalg.vecdot(_unit(z), away)  # (B,) the difference of the cosines, of one z
         # −log(e^a / (e^a + e^b)) = softplus(b − a)
         return loss + self.contrastive_mu * functional.softplus(closer / self.temperature).mean(), {}
 
     def finish(self, params: Params, context: Context) -> tuple[dict[str, Tensor], dict[str, Tensor], None]:
         """Keep the model (D,) as the previous one."""
         return {"previous": context.layout.join(params), "seen": context.client_state["seen"] * 0 + 1}, {}, None
+
+
+def _unit(z: Tensor) -> Tensor:
+    """Return features (B, F) of length 1; 0 stays 0."""
+    return functional.normalize(z, dim=-1, eps=EPS)
