@@ -252,7 +252,7 @@ def _profile(work: Workload, device: str) -> list[str]:
     kinds = [torch.profiler.ProfilerActivity.CPU]
     kinds += [torch.profiler.ProfilerActivity.CUDA] if device != "cpu" else []
     began = time.perf_counter()
-    with torch.profiler.profile(activities=kinds) as profile:
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profile:  # else torch 2.11 warns of cycles
         side(2)
         if device != "cpu":
             torch.cuda.synchronize()

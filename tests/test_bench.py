@@ -170,8 +170,8 @@ def test_a_config_that_no_engine_runs_is_one_line(few, monkeypatch):
 
 def test_peak_counts_what_is_let_go_again():
     with Peak("cpu") as peak:
-        block = torch.ones(16 << 18)  # 16 MiB
+        block = torch.ones(48 << 18)  # 48 MiB: what is smaller may lie in memory that was used before
         del block
     if peak.bytes is None:
         pytest.skip("this system does not tell a process's peak")
-    assert 15 << 20 < peak.bytes < 64 << 20
+    assert 47 << 20 < peak.bytes < 96 << 20
