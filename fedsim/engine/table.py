@@ -4,7 +4,7 @@ A round's cost is that of its programs (a step of one client, or of all rows of 
 operations in them, and of the parameters and products of each client's step. A recurrent layer reads its weights again
 for every token, in forward and backward, and autograd writes a gradient each time and adds it to the others: six passes
 over the weights; kernels that move them in one product at the end do two. The unit costs were fitted to CPU
-times of 104 drawn situations (eight kinds of model, cohorts of 2 to 300, plain SGD, momentum, clipping, AdamW) on one
+times of 104 drawn situations (seven kinds of model, cohorts of 2 to 300, plain SGD, momentum, clipping, AdamW) on one
 core of an AMD EPYC, and are half of what it took while it was busy with other work; on another processor they scale
 more or less together, and what matters here are their ratios. Nothing is timed in a run: equal shapes, equal choice.
 """
