@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-ENGINES = ("test_engine_captured.py", "test_engine_vectorized.py")
+ENGINES = ("test_engine_captured.py",)
 RULES = ("test_robust.py", "test_order.py", "test_preaggregation.py", "test_byzfl_values.py", "test_laws.py")
 
 

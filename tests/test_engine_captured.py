@@ -455,6 +455,21 @@ def test_the_number_of_a_step_is_recorded_only_where_later_ones_are_alike(captur
 
 
 @dataclass(frozen=True)
+class Alternates(CrossEntropy):
+    """Halves every second gradient; it knows which by what the last step left, not by its number."""
+
+    def direction(self, grads, params, context):
+        odd = "even" in context.step_state
+        one = torch.ones((), dtype=torch.float64)
+        return {n: grad / (2 if odd else 1) for n, grad in grads.items()}, {"odd": one} if odd else {"even": one}
+
+
+def test_steps_that_alternate_for_ever_are_not_recorded():
+    with pytest.raises(ValueError, match="depends on its number"):
+        Captured(make_task(objective=Alternates(), local_steps=12))
+
+
+@dataclass(frozen=True)
 class Leaves(CrossEntropy):
     """Ends differently after one step, two steps and many, with a step state in another order each time."""
 
