@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 ENGINES = ("test_engine_captured.py",)
+MAPS = ("test_order.py", "test_preaggregation.py")
 RULES = ("test_robust.py", "test_order.py", "test_preaggregation.py", "test_byzfl_values.py", "test_laws.py")
 
 
@@ -154,18 +155,18 @@ MUTATIONS = (
              "among.fill_diagonal_(0.0)", ("test_unstale.py",)),
     # Mapped rows
     Mutation("mapped rows: the map transposed", "fedsim/linalg.py", "coefficients.double() @ updates.matrix,",
-             "updates.matrix @ coefficients.double(),", RULES),
+             "updates.matrix @ coefficients.double(),", MAPS),
     Mutation("mapped rows: the inner map goes second", "fedsim/mapped.py", "else by @ rows.by, rows.source",
-             "else rows.by @ by, rows.source", RULES),
+             "else rows.by @ by, rows.source", MAPS),
     Mutation("mapped rows: factors of columns, not of rows", "fedsim/mapped.py", "by[:, None] * rows.by if",
-             "by * rows.by if", RULES),
+             "by * rows.by if", MAPS),
     Mutation("mapped rows: norms that cancel in float32", "fedsim/linalg.py",
              'if rows.dtype == torch.float64 or bool(trusted.all()):\n        return result',
-             'if rows.dtype == torch.float64 or bool(trusted.any()):\n        return result', RULES),
+             'if rows.dtype == torch.float64 or bool(trusted.any()):\n        return result', MAPS),
     Mutation("mapped rows: equal mixtures lie apart", "fedsim/linalg.py", "squares.masked_fill(alike, 0)",
-             "squares.masked_fill(alike, 1e-9)", RULES),
+             "squares.masked_fill(alike, 1e-9)", MAPS),
     Mutation("mapped rows: some rows are all", "fedsim/mapped.py", "rows.matrix[chosen.to(rows.by.device)]",
-             "rows.matrix[: len(chosen)]", RULES),
+             "rows.matrix[: len(chosen)]", MAPS),
     # Partitions
     Mutation("Dirichlet: alpha not scaled", "fedsim/partition/dirichlet.py",
              'self.alpha / (self.num_clients if self.alpha_scale == "total" else 1)', "self.alpha",
