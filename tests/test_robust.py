@@ -326,6 +326,13 @@ def test_what_dropped_rows_leave_is_still_aggregated(name):
         assert torch.isfinite(delta).all()
 
 
+def test_trimmed_mean_of_fewer_rows_than_it_asks_for_trims_all_that_it_can():
+    for count in (1, 2, 3, 4, 5):
+        rows = cohort(1, count, 6)
+        delta, _, _ = TrimmedMean(num_byzantine=2)(cohort_of(rows, round=2), {})
+        np.testing.assert_allclose(delta, np.median(rows, axis=0), rtol=1e-12)  # one or two values are left
+
+
 @pytest.mark.parametrize(
     ("name", "num_byzantine", "least"),
     [("trimmed_mean", 2, 5), ("meamed", 2, 5), ("krum", 2, 7), ("multi_krum", 2, 7), ("bulyan", 2, 11), ("dnc", 2, 5)],
