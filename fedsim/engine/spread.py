@@ -20,7 +20,7 @@ class _Spread:
 
     def __init__(self, ops: list[Op], results: list[Any]) -> None:
         self.made = {out: (place, op) for place, op in enumerate(ops) for out in op.outs}
-        self.readers = Counter(number for op in ops for number in read(op))
+        self.readers: Counter[int | None] = Counter(number for op in ops for number in read(op))
         self.readers.update(result.number for result in results if isinstance(result, Ref))
         base = self.base = bases(ops)
         self.writes = [
