@@ -53,6 +53,12 @@ def test_a_kept_composition_is_hydras(words):
         assert_same(composed(words), whole)
 
 
+def test_what_hydras_launchers_and_loggers_are_told_is_not_composed():
+    choices = composition.fresh(["strategy=fedld"], None).hydra.runtime.choices
+    assert {name for name, choice in choices.items() if name.startswith("hydra/") and choice} == set()
+    assert choices.strategy == "fedld"
+
+
 def test_what_a_caller_does_to_his_copy_is_his_own_matter():
     first = compose(["strategy=fedavg"])
     first.client.lr = 77.0
