@@ -8,7 +8,7 @@ from typing import Any
 from fedsim import catalogue, plugins
 from fedsim.errors import did_you_mean
 
-_NUM_SHOWN = 16  # more choices than this are not listed in an error
+_NUM_SHOWN = 15  # more choices than this are not listed in an error
 
 
 def grammar(text: str) -> str:

@@ -33,7 +33,7 @@ WRONG = {
     "choice added": (["+strategy=fedld"], ["strategy=fedld", "without '+'"]),
     "group misspelt": (["patition=iid"], ["no setting or group 'patition'", "did you mean 'partition'"]),
     "group deleted": (["~strategy"], ["strategy is missing", "strategy=fedavg"]),
-    "group of no default": (["+experiment=nix"], ["no experiment 'nix'", "known: ", "fedld"]),
+    "group of no default": (["+experiment=nix"], ["no experiment 'nix'", "see fedsim list experiment"]),
     "key misspelt": (["partition.alpah=1"], ["partition=dirichlet has no setting 'alpah'", "did you mean 'alpha'"]),
     "key unlike any": (["strategy.rnk=3"], ["strategy=fedavg has no setting 'rnk'", "server_lr"]),
     "key of a nested table": (["checkpoint.kep=3"], ["checkpoint has no setting 'kep'", "'keep'"]),
