@@ -8,7 +8,7 @@ from typing import Any
 from fedsim import catalogue, plugins
 from fedsim.errors import did_you_mean
 
-_NUM_SHOWN = 15  # more choices than this are not listed in an error
+_SHOWN = 170  # characters of choices; more are not listed in an error
 
 
 def grammar(text: str) -> str:
@@ -60,7 +60,7 @@ def no_choice(group: str, name: str, known: Iterable[str]) -> str:
         hint += f" It comes from the plug-in {origin}"
     if "did you mean" in hint:
         return what + hint
-    shown = hint if len(known) <= _NUM_SHOWN else f"; see fedsim list {group}"
+    shown = hint if len(hint) <= _SHOWN else f"; see fedsim list {group}"
     return f"{what}{shown}. One of your own comes with --config-dir, one of a plug-in with pip install"
 
 
