@@ -117,6 +117,14 @@ def test_many_small_clients_are_batched_and_large_ones_stay_in_the_cache(width, 
     engine.close()
 
 
+@pytest.mark.parametrize(("beside", "kernels"), [(1, "captured"), (10, "fused")])
+def test_rows_of_several_runs_are_shared_out_over_the_threads(beside, kernels):
+    task = make_task(mlp((784,), 10, hidden=()), torch.zeros(60, 784), [60] * 1000, batch_size=10)  # B2
+    engine, _ = make_engine(task, "auto", cohort=10, threads=2, beside=beside)
+    assert engine.plan["kernels"] == kernels
+    engine.close()
+
+
 def test_the_same_shapes_get_the_same_engine_whatever_the_weights_and_the_data():
     plans = []
     for seed in (0, 1):

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedsim.engine import measured
 from fedsim.engine.captured import Captured
+from fedsim.engine.replicas import rows_together
 from fedsim.engine.sequential import Sequential
 from fedsim.engine.table import microseconds, shapes
 from fedsim.engine.task import Engine, Task
@@ -40,7 +41,7 @@ def make_engine(
         return Sequential(task, **arguments), "as asked"
     if name == "vectorized":
         try:
-            engine = _rows_of_one_program(task, cohort * beside, threads, **arguments)
+            engine = _rows_of_one_program(task, cohort, threads, beside, **arguments)
         except ValueError as error:
             raise UserError(f"engine=vectorized: {error}; engine=sequential runs it") from error
         refused = getattr(engine, "no_graphs", "captured steps are no CUDA graphs") if arguments.get("graphs") else None
@@ -56,16 +57,16 @@ def make_engine(
             raise UserError(f"engine={name}: {error}") from error
     mine = measured.find(measured.situation(task, cohort, threads))
     if mine is None:
-        return _by_table(task, cohort * beside, threads)
+        return _by_table(task, cohort, threads, beside)
     try:
         engine, _ = make_engine(task, cohort=cohort, threads=threads, **mine.arguments)
     except UserError as error:  # the situation does not say all that an engine may refuse
-        engine, why = _by_table(task, cohort * beside, threads)
+        engine, why = _by_table(task, cohort, threads, beside)
         return engine, f"{why}; not as measured on {mine.measured} by fedsim bench: {error}"
     return engine, f"measured on {mine.measured} by fedsim bench"
 
 
-def _by_table(task: Task, cohort: int, threads: int) -> tuple[Engine, str]:
+def _by_table(task: Task, cohort: int, threads: int, beside: int) -> tuple[Engine, str]:
     """Look an engine up; see `make_engine`."""
     if task.device.type != "cpu":
         try:
@@ -74,7 +75,7 @@ def _by_table(task: Task, cohort: int, threads: int) -> tuple[Engine, str]:
             return Sequential(task), str(error)
         return engine, f"{engine.plan['kernels']} kernels fit"
     refused = ""
-    for kernels in _cheapest_first(task, cohort, threads):
+    for kernels in _cheapest_first(task, cohort, threads, beside):
         if kernels == "sequential":
             return Sequential(task), refused or "one client after another is cheapest here, on a CPU"
         try:
@@ -84,9 +85,11 @@ def _by_table(task: Task, cohort: int, threads: int) -> tuple[Engine, str]:
     raise AssertionError("the sequential engine runs every task")
 
 
-def _cheapest_first(task: Task, cohort: int, threads: int) -> list[str]:
+def _cheapest_first(task: Task, cohort: int, threads: int, beside: int) -> list[str]:
     """Return `sequential` and the kernels of `vectorized`, in ascending cost of a round on a CPU."""
-    given, rows = shapes(task, cohort, threads), chunk_rows(task)
+    given, rows = shapes(task, cohort * beside, threads), chunk_rows(task)
+    if beside > 1 and cohort < rows:
+        rows = rows_together(task, cohort * beside, rows)
     cost = {
         "captured": microseconds("captured", given),
         "fused": microseconds("fused", given, rows),
@@ -108,8 +111,15 @@ def _with_kernels(task: Task, threads: int, kernels: str) -> tuple[Engine, str]:
     return Vectorized(task, threads=threads, kernels=kernels), f"{kernels} kernels fit"
 
 
-def _rows_of_one_program(
-    task: Task, cohort: int, threads: int, *, kernels: str = "auto", chunk: int | None = None, graphs: bool = False
+def _rows_of_one_program(  # noqa: PLR0913  a config's arguments among them
+    task: Task,
+    cohort: int,
+    threads: int,
+    beside: int,
+    *,
+    kernels: str = "auto",
+    chunk: int | None = None,
+    graphs: bool = False,
 ) -> Engine:
     """Return the engine of `engine=vectorized`: recorded steps or a batched program, as the table says.
 
@@ -124,7 +134,7 @@ def _rows_of_one_program(
             )
         return Captured(task, threads=threads)
     if kernels == "auto" and chunk is None and task.device.type == "cpu":
-        for name in _cheapest_first(task, cohort, threads):
+        for name in _cheapest_first(task, cohort, threads, beside):
             if name != "sequential":
                 with contextlib.suppress(ValueError):
                     return _with_kernels(task, threads, name)[0]

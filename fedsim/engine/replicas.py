@@ -56,8 +56,7 @@ def train_together(engine: Vectorized, parts: Sequence[Part]) -> list[Block]:
         block = _joined([room(p.task, p.job, one.num_steps) for p, one in zip(chosen, laid, strict=True)])
         job, target = _job([part.job for part in chosen]), Target([part.out for part in chosen if part.out is not None])
         size = min(part.chunk for part in chosen)
-        fewest = max(FEWEST, ENTRIES // max(1, engine.task.shared.size)) if engine.task.device.type == "cpu" else None
-        chunks = chunks_of([one.num_steps for one in laid], size, fewest)
+        chunks = chunks_of([one.num_steps for one in laid], size, _fewest(engine.task))
         trainings += engine.trainings(job, _laid(laid), chunks, target, block)
         merged.append((mine, block))
     engine.run(trainings)
@@ -91,9 +90,22 @@ def chunks_of(num_steps: Sequence[Int64], size: int, fewest: int | None) -> list
     if len(together):
         steps = np.concatenate(num_steps)
         together = together[np.argsort(-steps[together], kind="stable")]
-        size = size if fewest is None else min(size, max(fewest, -(-len(together) // PIECES)))
+        size = _piece(len(together), size, fewest)
         chunks += [together[i : i + size] for i in range(0, len(together), size)]
     return chunks
+
+
+def rows_together(task: Task, count: int, size: int) -> int:
+    """Return the rows of a chunk of `count` rows of several parts, none of which fills one of `size` rows."""
+    return _piece(count, size, _fewest(task))
+
+
+def _fewest(task: Task) -> int | None:
+    return max(FEWEST, ENTRIES // max(1, task.shared.size)) if task.device.type == "cpu" else None
+
+
+def _piece(count: int, size: int, fewest: int | None) -> int:
+    return size if fewest is None else min(size, max(fewest, -(-count // PIECES)))
 
 
 def _job(jobs: Sequence[Job]) -> Job:
