@@ -26,6 +26,7 @@ from fedsim.linalg import finite_rows
 from fedsim.local import Int64
 from fedsim.threads import one_thread
 
+SMALL = 1 << 24  # bytes of a model up to which rounds are so short that new pages cost something beside training
 STREAM_BLOCK = 1 << 22  # entries of a block of streamed rows: what one costs beside its rows should not count
 
 
@@ -54,7 +55,8 @@ class Trainer:
         self, engine: Engine, on_bad_update: str = "drop", on_client_error: str = "raise", *, block: int | None = None,
         changes: list[Change] | None = None, hosted: Hosted | None = None,
     ) -> None:  # fmt: skip
-        heap.keep()
+        if engine.task.shared.size * engine.task.dtype.itemsize <= SMALL:
+            heap.keep()
         self.engine, self.task, self.hosted = engine, engine.task, hosted
         self.on_bad_update, self.on_client_error = on_bad_update, on_client_error
         self.bad: list[int] = []  # clients of the last job whose rows were not finite
