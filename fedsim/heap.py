@@ -12,16 +12,28 @@ from collections.abc import Callable
 from typing import Any
 
 KEPT = 1 << 30  # bytes at the heap's end beyond which they are given back
+USUAL = 128 << 10  # glibc's own bound, and the most of its mappings
+MAPPINGS = 1 << 16
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h
 _OWN = ("MALLOC_", "GLIBC_TUNABLES")  # variables by which a person has said it otherwise
 
 
 def keep() -> bool:
-    """Let this process keep what it frees; say whether it does, which on other systems than glibc's it does not."""
+    """Let the whole process keep what it frees; say whether it does, which it does not under others than glibc."""
+    return _set(mappings=0, kept=KEPT)
+
+
+def release() -> None:
+    """Let the process free as it does by itself, and give back what is kept."""
+    if _set(mappings=MAPPINGS, kept=USUAL):
+        give_back()
+
+
+def _set(*, mappings: int, kept: int) -> bool:
     mallopt = _libc("mallopt")
     if mallopt is None or any(name.startswith(_OWN) for name in os.environ):
         return False
-    return bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, KEPT))
+    return bool(mallopt(_MMAP_MAX, mappings)) and bool(mallopt(_TRIM_THRESHOLD, kept))
 
 
 def give_back() -> None:

@@ -57,7 +57,7 @@ def _normal(inner: Tensor) -> bool:
 def _gram_of_differences(rows: Rows, origin: Tensor) -> Tensor:
     """Return ⟨x_i − v, x_j − v⟩ (K, K) of rows x (K, D), mapped or not, and v (D,)."""
     inner, cross, square = inner_products(source_of(rows), vector=origin)  # (K, K), (K,), ()
-    trusted = rows.shape[1] > 0 and _normal(inner)
+    trusted = rows.shape[1] > 0 and _normal(inner) and bool(torch.isfinite(square))
     reach = inner.diagonal() + square  # (K,)
     if isinstance(rows, Mapped):
         reach = _reach(rows.matrix, inner).square() + square  # (M,)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsim import checkpoint
+from fedsim import checkpoint, heap
 from fedsim.backend import EngineBackend
 from fedsim.console import Observer
 from fedsim.contracts import Cohort, LinearRule, Metrics, State
@@ -132,6 +132,7 @@ class Loop:
             self.rounds.close()
             self.times.close()
             self.experiment.engine.close()
+            heap.release()
 
     def step(self, round: int) -> None:
         """Do one round."""

@@ -54,7 +54,7 @@ class RuleShell:
     def _name(self) -> str:
         return type(self.rule).__name__
 
-    def begin(self, layout: Layout, connected: int, cohort: int | None = None) -> None:
+    def begin(self, layout: Layout, connected: int, *, cohort: int | None = None) -> None:
         """Before the first round, make the rule's state.
 
         Args:

@@ -607,7 +607,22 @@ def pulled_twice(given):
     return [d.sum() + x.sum()]
 
 
-@pytest.mark.parametrize("function", [sums, written_between, pulled_twice])
+def the_weight_itself(given):
+    """A pull without a factor: the weight as it was is a term."""
+    weight, received, drift, d, x, rate, mu = given
+    weight.addcmul_(d.t().mm(x) + (weight - received) - drift, rate, value=-1)
+    return [mu + 0]
+
+
+def a_product_of_the_weight(given):
+    """A pull, and a product that reads the weight before it moves."""
+    weight, received, drift, d, x, rate, mu = given
+    weight.addcmul_((weight - received) * mu + d.t().mm(d.mm(weight)), rate, value=-1)
+    weight.addcmul_((weight - drift) * mu + weight[:, :2].mm(weight[:2]), rate, value=-1)
+    return [x.sum()]
+
+
+@pytest.mark.parametrize("function", [sums, written_between, pulled_twice, the_weight_itself, a_product_of_the_weight])
 def test_a_step_along_a_sum_is_taken_term_by_term(function):
     def inputs():
         rng = torch.Generator().manual_seed(2)

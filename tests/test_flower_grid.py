@@ -365,7 +365,7 @@ def test_the_shell_keeps_state_sends_broadcasts_and_reports_scalars():
 
 def test_a_deployments_rule_may_refuse_the_cohort_before_it_trains():
     with pytest.raises(ValueError, match="needs 2 clients"):
-        RuleStrategy(Remembering()).begin(make_grid((0,)).backend.layout, 1, 1)
+        RuleStrategy(Remembering()).begin(make_grid((0,)).backend.layout, 1, cohort=1)
 
 
 def test_a_streamed_cohort_is_finished_without_rows():

@@ -30,15 +30,25 @@ class _Spread:
         self.count = max((number for op in ops for number in (*read(op), *op.outs) if number is not None), default=0)
         self.ops: list[Op] = []
 
-    def terms(self, value: Ref, sign: int) -> list[tuple[int, Ref]]:
-        """Return the terms of a sum that nobody else reads, with their signs."""
-        op = self.made.get(value.number, (0, None))[1]
-        if op is None or self.readers[value.number] > 1 or op.function not in _SUMS or not op.alike or op.kwargs:
+    def terms(self, value: Ref, sign: int, weight: Ref, place: int) -> list[tuple[int, Ref]]:
+        """Return the terms of a sum that nobody else reads, with their signs.
+
+        They are read at the step, the later ones after the weight has moved: a sum whose operands are written before
+        that, or lie in the weight's own memory, stays one.
+        """
+        function = self.made[value.number][1].function if value.number in self.made else None
+        op = self.late(value, function, place) if function in _SUMS else None
+        if op is None or not op.alike:
             return [(sign, value)]
         a, b = op.args
-        if not isinstance(a, Ref) or not isinstance(b, Ref):
+        if not isinstance(a, Ref) or not isinstance(b, Ref) or not self.apart(weight, a, b):
             return [(sign, value)]
-        return [*self.terms(a, sign), *self.terms(b, sign * _SUMS[op.function])]
+        return [*self.terms(a, sign, weight, place), *self.terms(b, sign * _SUMS[op.function], weight, place)]
+
+    def apart(self, weight: Ref, *values: Ref) -> bool:
+        """Say whether no value lies in the weight's memory."""
+        own = self.base.get(weight.number, weight.number)
+        return all(self.base.get(value.number, value.number) != own for value in values)
 
     def late(self, value: Ref, function: Any, place: int) -> Op | None:
         """Return the operation that made a value for nobody else, if it may be done at a later place as well."""
@@ -61,7 +71,9 @@ class _Spread:
         if term[0] < 0 or not isinstance(gap, Ref) or not isinstance(mu, Ref) or mu.shape != ():
             return False
         moved = self.late(gap, aten.sub.Tensor, place)
-        if moved is None or not isinstance(moved.args[1], Ref) or moved.args[0].number != weight.number:
+        if moved is None or not all(isinstance(value, Ref) for value in moved.args):
+            return False
+        if moved.args[0].number != weight.number or not self.apart(weight, moved.args[1]):
             return False
         strength = self.write(aten.mul.Tensor, rate, mu, like=rate)
         self.write(aten.lerp_.Tensor, weight, moved.args[1], strength, like=weight)
@@ -71,6 +83,8 @@ class _Spread:
         """Write W ∓ ρ times a term."""
         sign, value = term
         product = self.late(value, aten.mm.default, place)
+        if product is not None and not all(isinstance(x, Ref) and self.apart(weight, x) for x in product.args):
+            product = None  # it would be of a weight that has moved
         if product is None or math.prod(product.args[0].shape) >= math.prod(value.shape):
             self.write(aten.addcmul_.default, weight, value, rate, like=weight, value=-sign)
             return
@@ -87,7 +101,7 @@ def spread(ops: list[Op], results: list[Any]) -> list[Op]:
         if op.function is aten.addcmul_.default and op.kwargs == {"value": -1} and not new.readers[op.outs[0]]:
             weight, value, rate = op.args
             if isinstance(value, Ref) and isinstance(rate, Ref) and rate.shape == ():
-                terms = new.terms(value, 1)
+                terms = new.terms(value, 1, weight, place)
         if len(terms) < 2:
             new.ops.append(op)
             continue

@@ -86,13 +86,15 @@ class RuleStrategy(RuleShell, Strategy):
             self.begin(arrays.layout, num_connected)
         else:
             self._inform()
-            self.begin(arrays.layout, num_connected, len(nodes))
+            self.begin(arrays.layout, num_connected, cohort=len(nodes))
         sent_along = self.broadcast()
         return TrainMessages(round=server_round, nodes=nodes, arrays=arrays, config=dict(config), broadcast=sent_along)
 
     def _inform(self) -> None:
         """Before the first round of a deployment, tell a rule that asks how its clients are drawn."""
-        known = {"dependence": "cohorts of a fixed size", "fraction": self.fraction} if self.fraction < 1 else {}
+        known: dict[str, Any] = {"fraction": self.fraction}
+        if self.fraction < 1:
+            known["dependence"] = "cohorts of a fixed size"
         wanted = {name: known[name] for name in getattr(self.rule, "needs", ()) if name in known}
         if wanted and self.state is None:
             rule: Any = self.rule
