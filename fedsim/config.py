@@ -29,6 +29,9 @@ Config = DictConfig
 
 _FAULTS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
+SEEDED = ("partition", "model", "sampler", "attack", "devices")
+"""Groups with a seed of their own."""
+
 
 class Given(NamedTuple):
     """One override as the user wrote it, and as Hydra's grammar reads it."""
@@ -231,6 +234,11 @@ def settings(config: Config) -> Run:
             inner = ", ".join(f"{name}.{field}" for field in kind.__dataclass_fields__)
             raise UserError(f"{name} is a group of settings: {inner}")
         tree[name] = construct(kind, tree[name], name)
+    for group in SEEDED:
+        seed = OmegaConf.select(config, f"{group}.seed")
+        if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
+            what = "must be an integer >= 0 and below 2^63, or null for the run's seed"
+            raise UserError(f"{group}.seed {what}, got {seed!r}")
     return cast(Run, construct(Run, tree))
 
 
