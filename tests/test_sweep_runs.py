@@ -242,8 +242,8 @@ def until(holds, seconds=120.0):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
 def test_no_worker_outlives_a_killed_sweep_and_its_bytes_are_as_never_killed(here):
-    words = [*SMALL, "strategy=boom", "strategy.what=slow", "seed=0,1", "num_rounds=160", "checkpoint.every=4",
-             "metrics.every=160", "metrics.clients_every=160", "sweep.workers=2"]  # fmt: skip
+    words = [*SMALL, "strategy=boom", "strategy.what=slow", "seed=0,1", "num_rounds=80", "checkpoint.every=4",
+             "metrics.every=80", "metrics.clients_every=80", "sweep.workers=2"]  # fmt: skip
     folder = here / "s"
     command = [sys.executable, "-m", "fedsim", "sweep"]
 
