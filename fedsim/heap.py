@@ -17,15 +17,21 @@ MAPPINGS = 1 << 16
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h
 _OWN = ("MALLOC_", "GLIBC_TUNABLES")  # variables by which a person has said it otherwise
 
+_keeping = False  # whether `keep` has set this process so
+
 
 def keep() -> bool:
     """Let the whole process keep what it frees; say whether it does, which it does not under others than glibc."""
-    return _set(mappings=0, kept=KEPT)
+    global _keeping
+    _keeping = _set(mappings=0, kept=KEPT)
+    return _keeping
 
 
 def release() -> None:
-    """Let the process free as it does by itself, and give back what is kept."""
-    if _set(mappings=MAPPINGS, kept=USUAL):
+    """Let a process that keeps free as it does by itself, and give back what is kept; leave others alone."""
+    global _keeping
+    if _keeping:
+        _keeping = not _set(mappings=MAPPINGS, kept=USUAL)
         give_back()
 
 
